@@ -1,0 +1,47 @@
+# make pretrain    text -> shards -> training -> Hugging Face folder -> report, on whatever hardware there is
+# make test        the whole test suite
+PYTHON ?= python3
+# Options for launch/quickstart.py or pytest, such as ARGS="steps=500" or ARGS="-k memory".
+ARGS ?=
+INSTALLED := .venv/.installed
+
+.PHONY: pretrain test lint format lock clean
+
+pretrain: $(INSTALLED)
+	@.venv/bin/python launch/quickstart.py $(ARGS)
+
+test: $(INSTALLED)
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+format: $(INSTALLED)
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+# torch first and by itself, since its own dependencies differ from machine to machine; then all else, exactly as
+# locked. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
+$(INSTALLED): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.11" >&2; exit 2; }
+	@echo "=== installing into .venv (two to three minutes)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@touch $@
+
+# Needs `uv`. lock-overrides.txt says what is left out.
+lock:
+	uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url \
+	    --overrides lock-overrides.txt --extra test setup.cfg -o requirements.lock \
+	    $(foreach package,$(OF_TORCH),--no-emit-package $(package))
+
+# What torch brings along itself, most of it for CUDA builds only.
+OF_TORCH := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+    nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+    nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton setuptools
+
+clean:
+	rm -rf .venv

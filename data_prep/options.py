@@ -1,0 +1,133 @@
+"""What a run is asked to do, and which of it shapes the result."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources import SOURCES, ReadOptions, Source, find_source
+
+BAD_UTF8 = ("error", "replace", "skip")
+TRAIN_TOKENIZER = "train"
+# All 256 bytes, the end of text and the padding: below this there is nothing to merge.
+SMALLEST_VOCABULARY = 258
+# Of these the result does not depend, so a finished folder serves whatever they are.
+NOT_SHAPING = ("out", "workers", "force")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Every option of `python -m data_prep`, under the same names.
+
+    source: "stdlib", "text:FOLDER", "jsonl:FILES", "parquet:FILES" or "hf:NAME"; what is trained on.
+    out: folder to make.
+    validation_source, validation_split: where validation documents come from. Without both, a share
+        `validation_fraction` of the source's documents, picked by their text.
+    split, subset: of an hf: source. text_column: of jsonl:, parquet: and hf: sources.
+    bad_utf8: "error", "replace" or "skip".
+    tokenizer: "train", or a folder or hub name of a tokenizer. vocab_size, tokenizer_bytes (UTF-8 bytes of training
+        text): of the tokenizer that is trained.
+    sequence_length: tokens a row. shard_bytes: bytes a shard before compression, at most.
+    workers: tokenizing processes; None for one a CPU. It does not change the result.
+    force: make `out` anew even if a finished folder with other options is there.
+    """
+
+    source: str
+    out: str | Path
+    validation_source: str | None = None
+    validation_split: str | None = None
+    validation_fraction: float = 0.02
+    split: str = "train"
+    subset: str | None = None
+    text_column: str = "text"
+    bad_utf8: str = "error"
+    tokenizer: str = TRAIN_TOKENIZER
+    vocab_size: int = 8192
+    tokenizer_bytes: int = 32 << 20
+    sequence_length: int = 2048
+    shard_bytes: int = 64 << 20
+    workers: int | None = None
+    force: bool = False
+
+    @property
+    def separate_validation(self) -> bool:
+        return self.validation_source is not None or self.validation_split is not None
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        return self.tokenizer == TRAIN_TOKENIZER
+
+    @property
+    def training(self) -> ReadOptions:
+        """How the source is read."""
+        return ReadOptions("--source", self.source, self.text_column, self.split, self.subset, self.bad_utf8)
+
+    @property
+    def validation(self) -> ReadOptions:
+        """How validation documents are read, where they are separate."""
+        option, source = (
+            ("--validation-source", self.validation_source) if self.validation_source else ("--source", self.source)
+        )
+        split = self.validation_split or self.split
+        return ReadOptions(option, source, self.text_column, split, self.subset, self.bad_utf8)
+
+
+def check(options: PrepareOptions) -> None:
+    """Raises a ValueError sentence for the first option that cannot work."""
+    sources = [find_source("--source", options.source)[0]]
+    if options.validation_source is not None:
+        sources.append(find_source("--validation-source", options.validation_source)[0])
+    check_splits(options, sources)
+    if options.bad_utf8 not in BAD_UTF8:
+        raise ValueError(f"--bad-utf8 {options.bad_utf8}: choose {', '.join(BAD_UTF8)}")
+    if not 0 < options.validation_fraction < 1:
+        raise ValueError(
+            f"--validation-fraction {options.validation_fraction}: give a share between 0 and 1, such as 0.02"
+        )
+    if options.sequence_length < 2:
+        raise ValueError(
+            f"--sequence-length {options.sequence_length}: a row needs 2 tokens or more, one to predict the other"
+        )
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers}: at least 1 process has to tokenize")
+    if options.trains_tokenizer and options.vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"--vocab-size {options.vocab_size}: give {SMALLEST_VOCABULARY} or more (256 bytes, 2 special tokens)"
+        )
+    if options.trains_tokenizer and options.tokenizer_bytes < 1:
+        raise ValueError(
+            f"--tokenizer-bytes {options.tokenizer_bytes}: a tokenizer needs text to learn from; give 1000000 or more"
+        )
+    # A row of uint32 tokens whose documents are all one token long: the largest there is, with its header in the shard.
+    largest_row = 8 * options.sequence_length + 1024
+    if not largest_row <= options.shard_bytes < 2**32:
+        raise ValueError(
+            f"--shard-bytes {options.shard_bytes}: with --sequence-length {options.sequence_length} "
+            f"give {largest_row} to {2**32 - 1}"
+        )
+
+
+def check_splits(options: PrepareOptions, sources: list[Source]) -> None:
+    """Raises a ValueError sentence where a split or subset is named of a source that has none, or is used twice."""
+    with_splits = " or ".join(found.form for found in SOURCES.values() if found.has_splits)
+    for name, asked, source in (
+        ("split", options.split != "train", sources[0]),
+        ("subset", options.subset is not None, next((found for found in sources if found.has_splits), sources[0])),
+        ("validation-split", options.validation_split is not None, sources[-1]),
+    ):
+        if asked and not source.has_splits:
+            value = getattr(options, name.replace("-", "_"))
+            raise ValueError(
+                f"--{name} {value}: a {source.form} source has none; use {with_splits}, or --validation-source"
+            )
+    if options.validation_source is None and options.validation_split == options.split:
+        raise ValueError(f"--validation-split {options.split}: that is the split trained on; name another")
+
+
+def shaping(options: PrepareOptions) -> dict[str, Any]:
+    """The options that the result depends on, those without effect here set to None, ready for JSON."""
+    kept = {name: value for name, value in asdict(options).items() if name not in NOT_SHAPING}
+    if options.separate_validation:
+        kept["validation_fraction"] = None
+    if not options.trains_tokenizer:
+        kept["vocab_size"] = kept["tokenizer_bytes"] = None
+    return kept

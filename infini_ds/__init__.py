@@ -1,0 +1,3 @@
+"""GPT-Neo language models with Infini-attention, trained with DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Into Hugging Face folders: from ZeRO checkpoints, and from GPT-Neo models."""

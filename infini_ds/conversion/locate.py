@@ -1,0 +1,62 @@
+"""What a path that a user gives holds: an exported folder, a run, or one checkpoint of a run; and loading each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.training import checkpoints
+
+
+@dataclass(frozen=True)
+class Source:
+    """`checkpoint` is None for an exported folder; `run` is None for one that lies outside of a run."""
+
+    path: Path
+    checkpoint: Path | None
+    run: Path | None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.path if self.checkpoint is None else self.run / "tokenizer"
+
+
+def locate(path: str | Path) -> Source:
+    """
+    Raises:
+        ValueError: the path holds none of the three, or a run without a finished checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such folder; give an exported folder, a run, or a checkpoint")
+    if (path / checkpoints.MARK).is_file():
+        return Source(path, path, path.parent.parent)
+    if (path / "checkpoints").is_dir():
+        good = checkpoints.good_checkpoints(path)
+        if not good:
+            raise ValueError(f"{path}: this run has no finished checkpoint yet")
+        return Source(path, good[-1], path)
+    if (path / "config.json").is_file():
+        return Source(path, None, None)
+    raise ValueError(
+        f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a finished checkpoint "
+        f"({checkpoints.MARK})"
+    )
+
+
+def load_model(source: Source) -> InfiniGPTNeoForCausalLM:
+    """The model in fp32, ready for evaluation."""
+    if source.checkpoint is None:
+        return InfiniGPTNeoForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    from infini_ds.conversion.zero import full_weights
+
+    config = InfiniGPTNeoConfig.from_pretrained(source.checkpoint)
+    model = InfiniGPTNeoForCausalLM(config)
+    model.load_state_dict(full_weights(source.checkpoint))
+    return model.eval()
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source.tokenizer_folder)

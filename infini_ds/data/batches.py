@@ -1,0 +1,56 @@
+"""Rows into batches of tensors, and batches into micro-batches.
+
+Shapes: B rows, T tokens in a row.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.rows import decode_row
+from infini_ds.model.loss import IGNORED
+
+
+def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Rows as MDS stores them -> `input_ids`, `document_ids`, `attention_mask` and `labels`, all (B, T) int64.
+
+    Documents are numbered from 0 in each row; padding has mask 0, label -100 and the number of the last document.
+    """
+    rows = [decode_row(sample) for sample in samples]
+    input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
+    T = input_ids.shape[1]
+    numbers, masks = [], []
+    for row in rows:
+        lengths = torch.from_numpy(row.document_lengths)
+        number = torch.arange(len(lengths)).repeat_interleave(lengths)
+        padding = T - len(number)
+        numbers.append(torch.cat([number, number[-1:].expand(padding)]))
+        masks.append(torch.arange(T) < len(number))
+    attention_mask = torch.stack(masks)
+    return {
+        "input_ids": input_ids,
+        "document_ids": torch.stack(numbers),
+        "attention_mask": attention_mask.long(),
+        "labels": input_ids.masked_fill(~attention_mask, IGNORED),
+    }
+
+
+def predicted_tokens(batch: dict[str, Tensor]) -> int:
+    """How many tokens of the batch the loss is taken over: all labels that count, but the first of each row."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def micro_batches(batch: dict[str, Tensor], rows: int, device: torch.device | str) -> Iterator[dict[str, Tensor]]:
+    """Cut the batch into parts of `rows` rows on `device`, as arguments of the model.
+
+    Masks that say nothing are left out (no padding, one document a row): the model has a faster path without them.
+    """
+    for first in range(0, len(batch["input_ids"]), rows):
+        part = {name: values[first : first + rows] for name, values in batch.items()}
+        if part["attention_mask"].all():
+            del part["attention_mask"]
+        if not part["document_ids"].any():
+            del part["document_ids"]
+        yield {name: values.to(device, non_blocking=True) for name, values in part.items()}

@@ -1,0 +1,1 @@
+"""What a trained model does: loss by position, generated text, the report of a run."""

@@ -1,0 +1,91 @@
+"""The pictures of a report."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+plt.rcParams.update(
+    {
+        "figure.figsize": (8, 4.5),
+        "figure.dpi": 120,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+    }
+)
+ON, OFF, TRAIN = "tab:blue", "tab:orange", "0.6"
+
+
+def _save(axes: Axes, file: Path) -> None:
+    axes.figure.tight_layout()
+    axes.figure.savefig(file)
+    plt.close(axes.figure)
+
+
+def loss_curves(metrics: list[dict], file: Path) -> None:
+    """Training and validation loss over the steps."""
+    _, axes = plt.subplots()
+    for name, label, style in (
+        ("train/loss", "training", {"color": TRAIN, "linewidth": 1}),
+        ("validation/loss", "validation", {"color": ON, "marker": "o", "markersize": 4}),
+        ("validation/loss_memory_off", "validation, memory off", {"color": OFF, "marker": "o", "markersize": 4}),
+    ):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    axes.legend()
+    _save(axes, file)
+
+
+def loss_by_position(
+    positions: list[float], on: list[float], off: list[float], segment_length: int, file: Path
+) -> None:
+    """Loss by position in the sequence, with and without the memory; lines at ends of segments while they are few."""
+    _, axes = plt.subplots()
+    axes.plot(positions, off, color=OFF, label="memory off", marker=".", markersize=5)
+    axes.plot(positions, on, color=ON, label="memory on", marker=".", markersize=5)
+    end = positions[-1]
+    if end / segment_length <= 64:
+        for at in range(segment_length, int(end) + 1, segment_length):
+            axes.axvline(at, color="0.85", linewidth=0.6, zorder=0)
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel="position in the sequence (tokens)", ylabel="loss (nats a token)", title="Loss by position")
+    axes.legend()
+    _save(axes, file)
+
+
+def gates(metrics: list[dict], file: Path) -> None:
+    """Each head's gate over the steps, a panel for each layer (the first twelve)."""
+    lines = [line for line in metrics if any(name.startswith("gate/") for name in line)]
+    names = [name for name in lines[-1] if name.startswith("gate/")]
+    layers = sorted({int(name.split("/")[1].removeprefix("layer_")) for name in names})[:12]
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(2.6 * columns + 1, 2.4 * rows + 0.8), sharex=True, sharey=True, squeeze=False
+    )
+    steps = [line["step"] for line in lines]
+    for layer, axes in zip(layers, panels.flat, strict=False):
+        heads = [name for name in names if name.startswith(f"gate/layer_{layer}/")]
+        for head, name in enumerate(heads):
+            axes.plot(
+                steps, [line[name] for line in lines], linewidth=1.2, color=plt.cm.viridis(head / max(1, len(heads)))
+            )
+        axes.axhline(0.5, color="0.7", linewidth=0.7, zorder=0)
+        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.set_ylim(0, 1)
+    for axes in panels.flat[len(layers) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("gate: share of the memory", fontsize=10)
+    figure.suptitle("Gates, a line for each head", fontsize=12)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)

@@ -1,0 +1,203 @@
+"""The short report of a run: what it reached with the memory and without, a sample of its text, where things lie."""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infini_ds.conversion.locate import load_model, load_tokenizer, locate
+from infini_ds.data.streams import ValidationRows
+from infini_ds.evaluation import plots
+from infini_ds.evaluation.generation import bound_prompts, prompt_ids
+from infini_ds.training.metrics import read_metrics
+from infini_ds.training.progress import ProgressBar
+from infini_ds.training.validation import PositionLosses, position_losses
+
+BINS = 64  # points in the plot of loss by position, unless the sequence has fewer segments
+PROMPT_TOKENS, SAMPLE_TOKENS = 48, 120
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured on the model in `model`; losses in nats a token, tokens per second of training."""
+
+    run: Path
+    model: Path
+    parameters: int
+    segment_length: int
+    step: int
+    tokens: int
+    rows: int
+    on: PositionLosses
+    off: PositionLosses
+    tokens_per_second: float
+    mfu: float
+    prompt: str
+    sample: str
+    metrics: list[dict]
+    data: dict
+
+
+def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
+    """Evaluate an export of the run on `rows` of its validation rows (None: all).
+
+    Raises:
+        ValueError: a folder is missing or unfinished.
+    """
+    recipe_data = _data_path(run)
+    source = locate(model_folder)
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    bound_prompts(model)
+    validation = ValidationRows(recipe_data)
+    rows = min(rows or len(validation), len(validation))
+    micro_rows = 1
+    with ProgressBar("evaluating", 2 * rows) as progress:
+        on, off = (
+            position_losses(
+                model, validation, rows, micro_rows, use_memory, lambda: progress.advance({"rows": str(progress.done)})
+            )
+            for use_memory in (True, False)
+        )
+    metrics = read_metrics(run)
+    trained = [line for line in metrics if "speed/tokens_per_s" in line]
+    middle = sorted(trained, key=lambda line: line["speed/tokens_per_s"])[len(trained) // 2]
+    prompt, sample = sample_text(model, tokenizer, validation)
+    return Report(
+        run=run,
+        model=model_folder,
+        parameters=sum(p.numel() for p in model.parameters()),
+        segment_length=model.config.segment_length,
+        step=trained[-1]["step"],
+        tokens=trained[-1]["train/tokens"],
+        rows=rows,
+        on=on,
+        off=off,
+        tokens_per_second=middle["speed/tokens_per_s"],
+        mfu=middle["speed/mfu"],
+        prompt=prompt,
+        sample=sample,
+        metrics=metrics,
+        data=json.loads((run / "data_manifest.json").read_text()),
+    )
+
+
+def _data_path(run: Path) -> Path:
+    from omegaconf import OmegaConf
+
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is no run: it holds no recipe.yaml")
+    return Path(OmegaConf.load(run / "recipe.yaml").data.path)
+
+
+def sample_text(model, tokenizer, validation: ValidationRows) -> tuple[str, str]:
+    """The start of the first validation document, and how the model goes on (seeded)."""
+    ids = validation.dataset[0]["input_ids"][1 : PROMPT_TOKENS + 1].tolist()
+    prompt = tokenizer.decode(ids)
+    torch.manual_seed(0)
+    inputs = prompt_ids(tokenizer, model, prompt)
+    output = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, top_p=0.95)
+    return prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def by_position(losses: PositionLosses, segment_length: int) -> tuple[list[float], list[float]]:
+    """Mean loss in bins of whole segments: (the middles of the bins, the losses)."""
+    T = len(losses.loss) + 1
+    segments = -(-T // segment_length)
+    width = segment_length * -(-segments // BINS)
+    middles, means = [], []
+    for first in range(0, T - 1, width):
+        count = losses.count[first : first + width].sum()
+        if count:
+            middles.append(first + min(width, T - 1 - first) / 2)
+            means.append((losses.loss[first : first + width].sum() / count).item())
+    return middles, means
+
+
+def write(report: Report) -> Path:
+    """Write `report.md` and its pictures into the run's folder; returns the file."""
+    run = report.run
+    plots.loss_curves(report.metrics, run / "loss.png")
+    middles, on = by_position(report.on, report.segment_length)
+    _, off = by_position(report.off, report.segment_length)
+    plots.loss_by_position(middles, on, off, report.segment_length, run / "loss_by_position.png")
+    plots.gates(report.metrics, run / "gates.png")
+    rows = [
+        f"| {middle:,.0f} | {a:.4f} | {b:.4f} | {b - a:+.4f} |" for middle, a, b in zip(middles, on, off, strict=True)
+    ]
+    shown = rows if len(rows) <= 16 else rows[:: -(-len(rows) // 16)]
+    text = f"""# {run.name}
+
+{chr(10).join(f"- {name}: {value}" for name, value in facts(report))}
+
+![Loss over the steps](loss.png)
+
+![Loss by position](loss_by_position.png)
+
+| position | loss | memory off | gained |
+|---:|---:|---:|---:|
+{chr(10).join(shown)}
+
+![Gates](gates.png)
+
+## A sample
+The prompt is the beginning of the first validation document.
+
+> {quote(report.prompt)}**{quote(report.sample)}**
+
+## What next
+```sh
+{chr(10).join(next_commands(report))}
+```
+"""
+    (run / "report.md").write_text(text)
+    return run / "report.md"
+
+
+def quote(text: str) -> str:
+    escaped = (
+        text.replace("\\", "\\\\").replace("*", "\\*").replace("_", "\\_").replace("<", "&lt;").replace("`", "\\`")
+    )
+    return escaped.replace("\n", "  \n> ")
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """What the report says in words, as (name, value)."""
+    on, off = report.on.mean, report.off.mean
+    data = report.data
+    return [
+        ("model", f"{report.parameters / 1e6:.1f}M parameters, segments of {report.segment_length} tokens"),
+        (
+            "data",
+            f"{data['options']['source']}: {data['train']['tokens']:,} training tokens, "
+            f"in rows of {data['sequence_length']:,}",
+        ),
+        ("trained", f"{report.step:,} steps, {report.tokens:,} tokens"),
+        ("validation loss", f"{on:.4f} (perplexity {math.exp(on):.2f})"),
+        ("with the memory off", f"{off:.4f} (perplexity {math.exp(off):.2f})"),
+        ("measured on", f"{int(report.on.count.sum()):,} tokens of {report.rows} validation rows"),
+        ("speed", f"{report.tokens_per_second:,.0f} tokens/s in training, MFU {report.mfu:.0%}"),
+        ("model folder", str(report.model)),
+        ("run folder", str(report.run)),
+    ]
+
+
+def next_commands(report: Report) -> list[str]:
+    model, run = shlex.quote(str(report.model)), shlex.quote(str(report.run.parent))
+    return [
+        f"python launch/generate.py {model} --prompt 'import os'",
+        f"tensorboard --logdir {run}",
+        f"deepspeed launch/pretrain.py --config {report.run}/recipe.yaml steps={2 * report.step}",
+    ]
+
+
+def show(report: Report, file: Path) -> None:
+    """Print the report's facts and its sample."""
+    width = max(len(name) for name, _ in facts(report))
+    print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in [*facts(report), ("report", str(file))]))
+    print(f"\n--- a sample: the model goes on from {PROMPT_TOKENS} tokens of a validation document")
+    print(f"{report.prompt}⟦{report.sample}⟧")
+    print("\n--- try next\n" + "\n".join(next_commands(report)), flush=True)

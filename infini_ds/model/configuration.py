@@ -1,0 +1,81 @@
+"""Configuration of Infini-GPT-Neo: GPT-Neo's fields and those of the compressive memory."""
+
+import inspect
+
+from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
+
+MEMORY_RULES = ("linear",)
+POSITION_EMBEDDINGS = ("segment", "rotary")
+
+
+class InfiniGPTNeoConfig(GPTNeoConfig):
+    """All of `GPTNeoConfig`'s fields, and:
+
+    Args:
+        segment_length: tokens in a segment (S): local attention reaches back to the start of its segment, the memory
+            holds all earlier segments.
+        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 8).
+        segments_per_block: segments that are computed at once, an integer, or None for all of the sequence. With
+            gradient checkpointing, activations are kept for one block only. Never changes the result.
+        position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":
+            rotary positions in local attention, none in the memory.
+        gate_init: start of each head's gate beta; sigmoid(beta) is the share of the memory in the head's output.
+        rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
+
+    Raises:
+        ValueError: a value is outside of what its field allows; the sentence names field, value and remedy.
+    """
+
+    model_type = "infini_gpt_neo"
+
+    def __init__(
+        self,
+        segment_length: int = 128,
+        memory_rule: str = "linear",
+        segments_per_block: int | None = None,
+        position_embedding: str = "segment",
+        gate_init: float = 0.0,
+        rotary_base: float = 10000.0,
+        **kwargs,
+    ):
+        self.segment_length = segment_length
+        self.memory_rule = memory_rule
+        self.segments_per_block = segments_per_block
+        self.position_embedding = position_embedding
+        self.gate_init = gate_init
+        self.rotary_base = rotary_base
+        super().__init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        # `from_pretrained(path, segment_length=...)`: transformers would set it after the check of the default.
+        given = {name: kwargs.pop(name) for name in inspect.signature(cls.__init__).parameters if name in kwargs}
+        return super().from_dict(config_dict | given, **kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def _check(self):
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
+        if self.segments_per_block is not None and self.segments_per_block < 1:
+            raise ValueError(
+                f"segments_per_block={self.segments_per_block} must be at least 1, or None for all segments at once"
+            )
+        if self.memory_rule not in MEMORY_RULES:
+            raise ValueError(f"memory_rule={self.memory_rule!r} is not one of {', '.join(MEMORY_RULES)}")
+        if self.position_embedding not in POSITION_EMBEDDINGS:
+            raise ValueError(
+                f"position_embedding={self.position_embedding!r} is not one of {', '.join(POSITION_EMBEDDINGS)}"
+            )
+        if self.position_embedding == "segment" and self.segment_length > self.max_position_embeddings:
+            raise ValueError(
+                f"segment_length={self.segment_length} is more than max_position_embeddings="
+                f"{self.max_position_embeddings}: shorten the segment, or set position_embedding=rotary"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
+        if self.position_embedding == "rotary" and self.head_dim % 2:
+            raise ValueError(f"position_embedding=rotary needs an even head size, this one is {self.head_dim}")

@@ -1,0 +1,96 @@
+"""The compressive memory of Infini-attention (Munkhdalai et al. 2024, arXiv:2404.07143), as functions on tensors.
+
+Shapes: B batch, H heads, N segments, S tokens in a segment, D head size. The memory is computed in fp32 whatever the
+precision of the model: summed in bf16, z is wrong by more than half after a thousand segments.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MemoryState(NamedTuple):
+    """What one layer remembers of all segments so far."""
+
+    M: Tensor  # (B, H, D, D) fp32: sum over tokens of phi(k)^T v
+    z: Tensor  # (B, H, D) fp32: sum over tokens of phi(k), the normalization
+
+    @classmethod
+    def empty(cls, B: int, H: int, D: int, model_dtype: torch.dtype, device=None) -> "MemoryState":
+        """Nothing remembered; fp32 for a model in fp32 or less, fp64 for one in fp64."""
+        options = {"dtype": torch.promote_types(model_dtype, torch.float32), "device": device}
+        return cls(torch.zeros(B, H, D, D, **options), torch.zeros(B, H, D, **options))
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """phi of linear attention (Katharopoulos et al. 2020): ELU(x) + 1, positive, in fp32 or higher.
+
+    ELU(x) + 1 as written is exactly 0 below -17 in fp32; where that happens in all D places, nothing is retrieved and
+    gradients reach 1e30. So: exp(x) + relu(x), held at 4e-18 from -40 on, and phi(q) z never underflows.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    return x.clamp(-40, 0).exp() + x.relu()
+
+
+def summarize(k: Tensor, v: Tensor, write: Tensor | None = None) -> MemoryState:
+    """What each segment alone would put into an empty memory: eq. (4), right-hand terms.
+
+    Args:
+        k, v: (B, N, H, S, D)
+        write: bool, broadcastable to (B, N, S): the tokens that write; None for all.
+    Returns:
+        M (B, N, H, D, D) and z (B, N, H, D).
+    """
+    phi_k = feature_map(k)
+    if write is not None:
+        phi_k = phi_k * write[:, :, None, :, None]
+    return MemoryState(phi_k.transpose(-1, -2) @ v.to(phi_k.dtype), phi_k.sum(-2))
+
+
+def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor | None = None) -> MemoryState:
+    """The linear rule, M_s = M_{s-1} + phi(K_s)^T V_s (eq. 4), for all segments at once.
+
+    Args:
+        state: the memory before the first segment.
+        segments: what each segment adds, from `summarize`.
+        document_held: (B, N + 1) the document that the memory holds before each segment and after the last, never
+            decreasing; the memory is emptied where it changes. None: one document.
+    Returns:
+        The memory before each segment and after the last: M (B, N + 1, H, D, D), z (B, N + 1, H, D).
+    """
+    terms = [torch.cat([old.unsqueeze(1).to(new.dtype), new], dim=1) for old, new in zip(state, segments, strict=True)]
+    if document_held is None:
+        return MemoryState(*(term.cumsum(1) for term in terms))
+    # Segment j is part of the memory before segment s if j < s and the memory still held the same document. A sum over
+    # these, and not a difference of two prefix sums, keeps documents apart to the last bit.
+    N = document_held.shape[1]
+    part = document_held[:, :, None] == document_held[:, None, :]
+    part = part.tril().to(terms[0].dtype)  # (B, N + 1, N + 1)
+    return MemoryState(*((part @ term.flatten(2)).view(-1, N, *term.shape[2:]) for term in terms))
+
+
+def retrieve(q: Tensor, memory: MemoryState) -> Tensor:
+    """A_mem = phi(Q) M / (phi(Q) z), eq. (3).
+
+    Args:
+        q: (B, N, H, S, D); memory: the state that each segment reads, M (B, N, H, D, D) and z (B, N, H, D).
+    Returns:
+        (B, N, H, S, D) in the precision of the memory; 0 where nothing has been written.
+    """
+    phi_q = feature_map(q)
+    denominator = (phi_q @ memory.z.unsqueeze(-1)).clamp_min(torch.finfo(memory.z.dtype).tiny)
+    return (phi_q @ memory.M) / denominator
+
+
+def blend(local: Tensor, retrieved: Tensor, beta: Tensor, read: Tensor) -> Tensor:
+    """g A_mem + (1 - g) A_local with g = sigmoid(beta), eq. (5); local attention alone where there is nothing to read.
+
+    Args:
+        local, retrieved: (B, N, H, S, D); beta: (H,) one gate a head.
+        read: bool, broadcastable to (B, N, S): the tokens whose document is in the memory.
+    Returns:
+        (B, N, H, S, D) in the precision of `local`.
+    """
+    gate = torch.sigmoid(beta.to(retrieved.dtype))[:, None, None] * read[:, :, None, :, None]
+    return torch.lerp(local.to(retrieved.dtype), retrieved, gate).to(local.dtype)

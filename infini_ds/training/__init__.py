@@ -1,0 +1,1 @@
+"""Training: recipe, DeepSpeed engine, the loop, checkpoints and resume, what is logged."""

@@ -1,0 +1,92 @@
+"""Checkpoints of a run: folders `step-000100` with all that the next step needs, the newest good one, the last N kept.
+
+A checkpoint is good once its `checkpoint.json` stands, which is written last; what a crash leaves half written has none.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+MARK = "checkpoint.json"
+
+
+@dataclass
+class TrainState:
+    """Where the run stands."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def good_checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*/" + MARK)
+    return sorted((mark.parent for mark in found), key=lambda folder: int(re.search(r"\d+$", folder.name).group()))
+
+
+def read_mark(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / MARK).read_text())
+
+
+def save(engine, run: Path, state: TrainState, data_state: dict, keep_last: int) -> Path:
+    """Write the checkpoint of `state.step`, by all ranks together, and remove all but the last `keep_last`."""
+    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    rank = dist.get_rank()
+    if rank == 0 and folder.exists():
+        shutil.rmtree(folder)  # half written by a run that was killed
+    dist.barrier()
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"data": data_state}, save_latest=False)
+    torch.save(_random_states(), folder / f"random-states-{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        engine.module.config.save_pretrained(folder)
+        mark = asdict(state) | {"world_size": dist.get_world_size(), "torch": torch.__version__}
+        partial = folder / (MARK + ".partial")
+        partial.write_text(json.dumps(mark, indent=1))
+        os.replace(partial, folder / MARK)
+        for old in good_checkpoints(run)[:-keep_last]:
+            (old / MARK).unlink()  # from here on it is no good checkpoint, however far the removal gets
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:
+    """Put the engine and the random states back; returns where the run stood and the state of its data.
+
+    Raises:
+        ValueError: the checkpoint was written by another number of ranks.
+    """
+    mark = read_mark(checkpoint)
+    if mark["world_size"] != dist.get_world_size():
+        raise ValueError(
+            f"{checkpoint} was written by {mark['world_size']} ranks and this run has {dist.get_world_size()}: "
+            f"start {mark['world_size']} ranks, or begin a new run with name= and model.start_from= an export of it"
+        )
+    _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    states = torch.load(checkpoint / f"random-states-{dist.get_rank()}.pt", weights_only=False)
+    _restore_random_states(states)
+    return TrainState(mark["step"], mark["tokens"]), client_state["data"]
+
+
+def _random_states() -> dict:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

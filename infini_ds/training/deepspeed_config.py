@@ -1,0 +1,60 @@
+"""DeepSpeed's JSON with each `"auto"` filled in from the recipe, and checked: DeepSpeed takes unknown keys silently."""
+
+import difflib
+import json
+from pathlib import Path
+
+from infini_ds.training.recipe import BatchShape, Recipe
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+
+# The keys of DeepSpeed 0.19 that this project's engine supports.
+KNOWN_KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "zero_optimization", "communication_data_type", "data_types", "torch_autocast", "checkpoint",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "steps_per_print",
+    "prescale_gradients", "gradient_predivide_factor", "flops_profiler", "comms_logger", "dump_state",
+    "disable_allgather", "data_efficiency", "aio",
+}  # fmt: skip
+
+
+def default_file(device_type: str) -> Path:
+    return FOLDER / ("zero2.json" if device_type == "cuda" else "zero2_cpu.json")
+
+
+def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: str) -> dict:
+    """The configuration for `deepspeed.initialize`.
+
+    Raises:
+        ValueError: the file is not JSON, has a key that is not known, asks for a ZeRO stage other than 1 or 2, or holds
+            a number that contradicts the recipe.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed={path} is not JSON: {error}") from error
+    for key in config:
+        if key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(KNOWN_KEYS))}"
+            raise ValueError(f"unknown key {key} in deepspeed={path}{hint}")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        raise ValueError(f"zero_optimization.stage={stage} in deepspeed={path}: this project trains with stage 1 or 2")
+    decided = {
+        "train_batch_size": shape.rows,
+        "train_micro_batch_size_per_gpu": shape.micro_rows,
+        "gradient_accumulation_steps": shape.accumulation,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+    }
+    for key, value in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ValueError(
+                f"{key}={config[key]} in deepspeed={path} contradicts the recipe, which makes it {value}: "
+                'write "auto" there'
+            )
+        config[key] = value
+    bf16 = config.setdefault("bf16", {"enabled": "auto"})
+    if bf16.get("enabled") == "auto":
+        bf16["enabled"] = precision == "bf16"
+    return config

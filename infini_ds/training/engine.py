@@ -1,0 +1,69 @@
+"""The door to DeepSpeed: processes are connected and the engine is built here."""
+
+import logging
+import os
+import warnings
+
+import torch
+from torch import nn
+
+from infini_ds.training.processes import Process
+from infini_ds.training.recipe import OptimizerRecipe, Recipe
+from infini_ds.training.schedule import factor, gate_factor
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+
+
+def connect(process: Process) -> None:
+    """Join the run's processes; before any streaming object is made, which waits for the others in its constructor."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's to mend
+    for name in ("DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    # Without it, DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and a
+    # compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict]:
+    """Matrices, the embeddings among them (the input embedding is the output layer's matrix too): weight decay.
+    Biases and norms: none. Gates: none, and their own learning rate.
+    """
+    groups = {
+        "decay": {"params": [], "lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay},
+        "no_decay": {"params": [], "lr": optimizer.learning_rate, "weight_decay": 0.0},
+        "gates": {"params": [], "lr": optimizer.gate_learning_rate, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        kind = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
+        groups[kind]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items()]
+
+
+def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.device):
+    """The DeepSpeed engine, with AdamW over the three parameter groups and the recipe's schedule."""
+    choice = recipe.optimizer
+    groups = parameter_groups(model, choice)
+    settings = {"lr": choice.learning_rate, "betas": (choice.beta1, choice.beta2), "eps": choice.eps}
+    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+    of_step = [lambda step: factor(recipe.schedule, recipe.steps, step)] * 2
+    of_step.append(lambda step: gate_factor(recipe.schedule, recipe.steps, step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of_step)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    return engine
+
+
+def disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,163 @@
+"""The training loop."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from infini_ds.data.batches import micro_batches, predicted_tokens
+from infini_ds.training import checkpoints
+from infini_ds.training.metrics import Metrics, gates, memory_metrics
+from infini_ds.training.progress import ProgressBar
+from infini_ds.training.setup import Training
+from infini_ds.training.throughput import memory_in_use, peak_flops, training_flops_per_token
+from infini_ds.training.validation import position_losses
+
+
+def train(run: Training) -> None:
+    """Train from where the run stands to its last step."""
+    recipe, state, first = run.recipe, run.state, run.process.is_first
+    metrics = Metrics(recipe.folder, state.step) if first else None
+    meter = Meter(run)
+    batches = iter(run.stream)
+    with ProgressBar("training", recipe.steps, state.step, shown=first) as progress:
+        announce(run, progress)
+        while state.step < recipe.steps:
+            if state.step == 0 and recipe.validation.every:
+                validate(run, metrics, progress)
+            losses, memory = train_step(run, next(batches))
+            state.step += 1
+            state.tokens += run.shape.rows * run.sequence_length
+            meter.count(run.shape.rows * run.sequence_length)
+            last = state.step == recipe.steps
+            if state.step % recipe.log_every == 0 or last:
+                figures = log_step(run, metrics, meter, losses, memory)
+                progress.advance(
+                    {"loss": f"{figures['train/loss']:.4f}", "tokens/s": f"{figures['speed/tokens_per_s']:,.0f}"}
+                )
+            else:
+                progress.advance()
+            with meter.paused():
+                if recipe.validation.every and (state.step % recipe.validation.every == 0 or last):
+                    validate(run, metrics, progress)
+                if state.step % recipe.checkpoint.every == 0 or last:
+                    folder = checkpoints.save(
+                        run.engine, recipe.folder, state, run.stream.state_dict(), recipe.checkpoint.keep_last
+                    )
+                    progress.say(f"step {state.step}: checkpoint in {folder}")
+    if metrics:
+        metrics.close()
+
+
+def train_step(run: Training, batch: dict) -> tuple[torch.Tensor, tuple]:
+    """One optimizer step on this rank's rows; returns this rank's share of the mean loss, and the last rows' memory.
+
+    The loss of a step is the mean over all of its predicted tokens, whichever rank or micro-batch they fall to. DeepSpeed
+    averages gradients over ranks and micro-batches, so each part is divided by the mean number of tokens of a part.
+    """
+    engine, shape = run.engine, run.shape
+    tokens = torch.tensor(predicted_tokens(batch), device=run.process.device)
+    dist.all_reduce(tokens)
+    parts = shape.world_size * shape.accumulation
+    share = torch.zeros((), device=run.process.device)
+    for micro_batch in micro_batches(batch, shape.micro_rows, run.process.device):
+        output = engine(**micro_batch, num_items_in_batch=tokens / parts)
+        engine.backward(output.loss)
+        engine.step()
+        share += output.loss.detach().float() / parts
+    return share, output.memory
+
+
+def log_step(run: Training, metrics: Metrics | None, meter: "Meter", share: torch.Tensor, memory: tuple) -> dict:
+    """Record the step's figures; returns them on every rank."""
+    dist.all_reduce(share)
+    speed = meter.read()
+    rates = dict(zip(("decay", "no_decay", "gates"), run.engine.get_lr(), strict=True))
+    figures = {
+        "train/loss": share.item(),
+        "train/gradient_norm": float(run.engine.get_global_grad_norm()),
+        "train/learning_rate": rates["decay"],
+        "train/gate_learning_rate": rates["gates"],
+        "train/tokens": run.state.tokens,
+        **speed,
+    }
+    if metrics:
+        metrics.record(run.state.step, figures | memory_metrics(run.model, memory))
+        metrics.histogram(run.state.step, "gate", gates(run.model))
+    return figures
+
+
+def validate(run: Training, metrics: Metrics | None, progress: ProgressBar) -> None:
+    """Loss on the validation rows with and without the memory."""
+    loss, without = (
+        position_losses(run.model, run.validation, run.recipe.validation.rows, run.shape.micro_rows, use_memory).mean
+        for use_memory in (True, False)
+    )
+    if metrics:
+        metrics.record(
+            run.state.step,
+            {
+                "validation/loss": loss,
+                "validation/loss_memory_off": without,
+                "validation/gained_by_memory": without - loss,
+            },
+        )
+    progress.say(f"step {run.state.step}: validation loss {loss:.4f}, with the memory switched off {without:.4f}")
+
+
+@dataclass
+class Meter:
+    """Tokens per second of training alone, without validation and checkpoints."""
+
+    run: Training
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        self.flops = training_flops_per_token(self.run.model.config)
+        self.peak = peak_flops(self.run.process.device, self.run.precision) * self.run.shape.world_size
+        self._since = time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading."""
+        if self.run.process.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        rate = self.tokens / (self.seconds + now - self._since)
+        self.tokens, self.seconds, self._since = 0, 0.0, now
+        return {
+            "speed/tokens_per_s": rate,
+            "speed/mfu": rate * self.flops / self.peak,
+            "speed/memory_gib": memory_in_use(self.run.process.device) / 2**30,
+        }
+
+
+class _Pause:
+    def __init__(self, meter: Meter):
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.meter.seconds += time.perf_counter() - self.meter._since
+
+    def __exit__(self, *_) -> None:
+        self.meter._since = time.perf_counter()
+
+
+def announce(run: Training, progress: ProgressBar) -> None:
+    """Say what is about to be trained, and on what."""
+    config, shape = run.model.config, run.shape
+    parameters = sum(p.numel() for p in run.model.parameters())
+    progress.say(
+        f"{run.recipe.name}: {parameters / 1e6:.1f}M parameters, {run.recipe.steps} steps of {shape.rows} rows of "
+        f"{run.sequence_length} tokens in segments of {config.segment_length}; {shape.world_size} ranks x "
+        f"{shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} on {run.process.device.type}"
+    )
+    if run.resumed_from:
+        progress.say(f"going on from {run.resumed_from}: {run.state.tokens:,} tokens seen")

@@ -1,0 +1,79 @@
+"""Which process of the run this is, however it was started: `deepspeed`, `torchrun`, `srun`, or plain `python`."""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+import torch
+
+# What srun sets -> what torch, DeepSpeed and streaming read. DeepSpeed's own Slurm launcher does not map the ranks.
+FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_NTASKS": "WORLD_SIZE"}
+
+
+@dataclass(frozen=True)
+class Process:
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def identify() -> Process:
+    """Read this process's place from the environment and complete the environment for the libraries that read it.
+
+    Raises:
+        ValueError: several Slurm tasks, but no MASTER_ADDR.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        for theirs, ours in FROM_SLURM.items():
+            env[ours] = env[theirs]
+        env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+        if int(env["WORLD_SIZE"]) > 1 and "MASTER_ADDR" not in env:
+            raise ValueError(
+                "MASTER_ADDR is not set: in the job script, export MASTER_ADDR=$(scontrol show hostnames "
+                '"$SLURM_JOB_NODELIST" | head -n 1) and MASTER_PORT before srun'
+            )
+    env.setdefault("RANK", "0")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    # streaming reads LOCAL_WORLD_SIZE, which DeepSpeed calls LOCAL_SIZE; without it two ranks collide in shared memory.
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+    env.setdefault("LOCAL_SIZE", env["LOCAL_WORLD_SIZE"])
+    if env["WORLD_SIZE"] == "1":
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in env:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                env["MASTER_PORT"] = str(free.getsockname()[1])
+    return Process(
+        *(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")),
+    )
+
+
+def share_threads(process: Process) -> None:
+    """On the CPU, divide this node's cores among its ranks."""
+    if process.device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_world_size))
+
+
+def launch(main) -> None:
+    """Run a script's `main()`; a ValueError is for the user: its sentence is printed, without a stack, exit code 2."""
+    try:
+        main()
+    except ValueError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,256 @@
+"""A recipe: every choice of a training run, read from YAML and `key=value` overrides and checked before work starts.
+
+recipe = load_recipe("launch/recipes/tiny-cpu.yaml", ["steps=100", "model.segment_length=64"])
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class ModelRecipe:
+    """`preset` and fields of `InfiniGPTNeoConfig` that override it, or a Hugging Face folder to go on from."""
+
+    preset: str = "tiny"
+    start_from: str | None = None  # folder of an Infini-GPT-Neo, e.g. from launch/convert.py; its shape is taken
+    segment_length: int = 128
+    segments_per_block: int | None = None  # None: the whole sequence at once
+    memory_rule: str = "linear"
+    position_embedding: str = "segment"
+    gate_init: float = 0.0
+    gradient_checkpointing: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # any other field, e.g. model.config.hidden_size=256
+
+
+@dataclass
+class DataRecipe:
+    path: str = "data/stdlib"  # a folder that data_prep wrote
+    seed: int = 0  # of the order of rows
+    workers: int = 0  # processes a rank that read ahead
+
+
+@dataclass
+class BatchRecipe:
+    """Of one step, over all ranks: give `tokens` or `rows`. A rank computes `micro_rows` rows, or fewer, at a time."""
+
+    tokens: int | None = None
+    rows: int | None = None
+    micro_rows: int = 1
+
+
+@dataclass
+class OptimizerRecipe:
+    """AdamW. The gates have a learning rate of their own: Adam moves a value by at most the sum of its learning rates."""
+
+    learning_rate: float = 1e-3
+    gate_learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    gradient_clipping: float = 1.0
+
+
+@dataclass
+class ScheduleRecipe:
+    """Warm-up, then `cosine`, `wsd` (stable, then linear decay in the last `decay_steps`), or `constant`."""
+
+    kind: str = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    final_ratio: float = 0.1  # of the peak learning rate, at the last step
+    gates: str = "same"  # or "constant": the gates' learning rate is not decayed
+
+
+@dataclass
+class ValidationRecipe:
+    every: int = 100  # steps; 0: never
+    rows: int = 32
+
+
+@dataclass
+class CheckpointRecipe:
+    every: int = 500  # steps; the last step always writes one
+    keep_last: int = 2
+
+
+@dataclass
+class Recipe:
+    name: str = "run"  # of the run: its folder is output/name
+    output: str = "runs"
+    steps: int = 1000
+    seed: int = 0  # of the weights
+    precision: str = "auto"  # fp32, bf16, or auto: bf16 on a GPU that has it, else fp32
+    deepspeed: str = "auto"  # a DeepSpeed JSON file, or auto: by device, from ds_configs/
+    resume: bool = True  # go on from the newest checkpoint of the run, if there is one
+    log_every: int = 10  # steps
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    batch: BatchRecipe = field(default_factory=BatchRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    validation: ValidationRecipe = field(default_factory=ValidationRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+
+def load_recipe(path: str | Path | None, overrides: list[str] = ()) -> Recipe:
+    """The defaults, then the YAML file, then `key=value` overrides.
+
+    Raises:
+        ValueError: no such file, an unknown key (the nearest known one is named), or a value that cannot be.
+    """
+    schema = OmegaConf.structured(Recipe)
+    layers = []
+    if path is not None:
+        if not Path(path).is_file():
+            known = ", ".join(sorted(str(p) for p in Path("launch/recipes").glob("*.yaml")))
+            raise ValueError(f"--config {path}: there is no such file" + (f"; there are {known}" if known else ""))
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except Exception as error:  # yaml's own errors are of many kinds
+            raise ValueError(f"--config {path} is not YAML that can be read: {error}") from error
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} is not of the form key=value, such as steps=100")
+    layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    for origin, layer in layers:
+        _check_keys(layer, schema, origin)
+        try:
+            schema = OmegaConf.merge(schema, layer)
+        except OmegaConfBaseException as error:
+            reason = str(error.msg if getattr(error, "msg", None) else error).splitlines()[0]
+            raise ValueError(f"{error.full_key} in {origin}: {reason}") from error
+    recipe = OmegaConf.to_object(schema)
+    check(recipe)
+    return recipe
+
+
+def _check_keys(given, known, origin: str, prefix: str = "") -> None:
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        if name.startswith("model.config."):
+            continue  # fields of the model's configuration, which it checks itself
+        if key not in known:
+            names = _leaves(OmegaConf.structured(Recipe))
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            near = near or [full for full in names if full.split(".")[-1] == str(key).split(".")[-1]]
+            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(str(k) for k in known)}"
+            raise ValueError(f"unknown key {name} in {origin}{hint}")
+        if OmegaConf.is_dict(value) != OmegaConf.is_dict(known[key]):
+            form = (
+                f"a group of keys, such as {name}.{next(iter(known[key]))}"
+                if OmegaConf.is_dict(known[key])
+                else "a value"
+            )
+            raise ValueError(f"{name} in {origin} has to be {form}")
+        if OmegaConf.is_dict(value):
+            _check_keys(value, known[key], origin, f"{name}.")
+
+
+def _leaves(node, prefix: str = "") -> list[str]:
+    names = []
+    for key in node:
+        value = node._get_node(key)
+        names += _leaves(value, f"{prefix}{key}.") if OmegaConf.is_dict(value) else [f"{prefix}{key}"]
+    return names
+
+
+def check(recipe: Recipe) -> None:
+    """Raise a ValueError that names the key, its value and the remedy, for what no run could do."""
+
+    def one_of(key: str, value: str, *allowed: str) -> None:
+        if value not in allowed:
+            raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
+
+    def at_least(key: str, value: float, least: float) -> None:
+        if value < least:
+            raise ValueError(f"{key}={value} must be at least {least}")
+
+    one_of("precision", recipe.precision, "auto", "fp32", "bf16")
+    one_of("schedule.kind", recipe.schedule.kind, "cosine", "wsd", "constant")
+    one_of("schedule.gates", recipe.schedule.gates, "same", "constant")
+    if not recipe.name or "/" in recipe.name:
+        raise ValueError(f"name={recipe.name!r} must be the name of one folder: put the path in output=")
+    for key, value in (
+        ("steps", recipe.steps),
+        ("log_every", recipe.log_every),
+        ("batch.micro_rows", recipe.batch.micro_rows),
+        ("validation.rows", recipe.validation.rows),
+        ("checkpoint.every", recipe.checkpoint.every),
+        ("checkpoint.keep_last", recipe.checkpoint.keep_last),
+        ("model.segment_length", recipe.model.segment_length),
+    ):
+        at_least(key, value, 1)
+    for key, value in (
+        ("optimizer.learning_rate", recipe.optimizer.learning_rate),
+        ("optimizer.gate_learning_rate", recipe.optimizer.gate_learning_rate),
+        ("optimizer.weight_decay", recipe.optimizer.weight_decay),
+        ("optimizer.gradient_clipping", recipe.optimizer.gradient_clipping),
+        ("schedule.warmup_steps", recipe.schedule.warmup_steps),
+        ("schedule.decay_steps", recipe.schedule.decay_steps),
+        ("validation.every", recipe.validation.every),
+        ("data.workers", recipe.data.workers),
+    ):
+        at_least(key, value, 0)
+    if (recipe.batch.tokens is None) == (recipe.batch.rows is None):
+        raise ValueError(
+            f"batch.tokens={recipe.batch.tokens} and batch.rows={recipe.batch.rows}: give exactly one of the two "
+            "(the other is null)"
+        )
+    if recipe.schedule.kind == "wsd" and recipe.schedule.decay_steps < 1:
+        raise ValueError("schedule.kind=wsd needs schedule.decay_steps of at least 1")
+    if recipe.schedule.warmup_steps + recipe.schedule.decay_steps > recipe.steps:
+        raise ValueError(
+            f"schedule.warmup_steps={recipe.schedule.warmup_steps} and schedule.decay_steps="
+            f"{recipe.schedule.decay_steps} are more than steps={recipe.steps}: shorten them"
+        )
+    if recipe.deepspeed != "auto" and not Path(recipe.deepspeed).is_file():
+        raise ValueError(f"deepspeed={recipe.deepspeed} is no file: give a DeepSpeed JSON file, or auto")
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the rows of one step are shared out: ranks × accumulation × micro_rows = rows."""
+
+    rows: int
+    world_size: int
+    micro_rows: int
+
+    @property
+    def rank_rows(self) -> int:
+        return self.rows // self.world_size
+
+    @property
+    def accumulation(self) -> int:
+        return self.rank_rows // self.micro_rows
+
+
+def batch_shape(batch: BatchRecipe, sequence_length: int, world_size: int) -> BatchShape:
+    """Divide the global batch over ranks and micro-batches; `micro_rows` is lowered to what divides a rank's rows.
+
+    Raises:
+        ValueError: the batch is less than a row, or cannot be divided over the ranks.
+    """
+    if batch.rows is not None:
+        rows, given = batch.rows, f"batch.rows={batch.rows}"
+    else:
+        rows, given = batch.tokens // sequence_length, f"batch.tokens={batch.tokens}"
+        if rows < 1:
+            raise ValueError(f"{given} is less than one row of {sequence_length} tokens")
+        given += f" ({rows} rows of {sequence_length} tokens)"
+    if rows < 1 or rows % world_size:
+        nearest = max(1, round(rows / world_size)) * world_size
+        raise ValueError(f"{given} cannot be divided over {world_size} ranks: batch.rows={nearest} can")
+    rank_rows = rows // world_size
+    micro = max(m for m in range(1, min(batch.micro_rows, rank_rows) + 1) if rank_rows % m == 0)
+    return BatchShape(rows, world_size, micro)

@@ -1,0 +1,48 @@
+"""Into Hugging Face format.
+
+python launch/convert.py runs/tiny --out runs/tiny/export            a run's newest checkpoint, or one checkpoint
+python launch/convert.py --from-gpt-neo FOLDER --out infini-neo      a GPT-Neo, with a memory to be trained
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from infini_ds.conversion.export import export, push_to_hub
+from infini_ds.conversion.gpt_neo import GATES, from_gpt_neo
+from infini_ds.conversion.locate import locate
+from infini_ds.training.processes import launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", help="a run or one of its checkpoints")
+    parser.add_argument("--from-gpt-neo", metavar="FOLDER", help="folder or hub name of a GPT-Neo model")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--max-shard-size", default="2GB", help="of one safetensors file (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--segment-length", type=int, default=128, help="with --from-gpt-neo (default: %(default)s)")
+    parser.add_argument("--gates", choices=GATES, default="closed", help="with --from-gpt-neo (default: %(default)s)")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="also upload the folder, as user/model")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub")
+    args = parser.parse_args()
+    if (args.source is None) == (args.from_gpt_neo is None):
+        raise ValueError("give either a run (or checkpoint), or --from-gpt-neo FOLDER")
+    if args.from_gpt_neo:
+        from_gpt_neo(args.from_gpt_neo, args.out, args.segment_length, args.gates)
+    else:
+        source = locate(args.source)
+        if source.checkpoint is None:
+            raise ValueError(f"{args.source} is already in Hugging Face format")
+        export(source, args.out, args.max_shard_size, getattr(torch, args.dtype))
+    print(f"written: {args.out}")
+    if args.push_to_hub:
+        print(f"uploaded: {push_to_hub(args.out, args.push_to_hub, args.private)}")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,77 @@
+"""Text from a model, as it comes.
+
+python launch/generate.py runs/tiny --prompt "def main("          an exported folder, a run, or a checkpoint
+python launch/generate.py runs/tiny --file book.txt               a prompt of any length
+echo "import os" | python launch/generate.py runs/tiny
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import TextStreamer
+
+from infini_ds.conversion.locate import load_model, load_tokenizer, locate
+from infini_ds.evaluation.generation import bound_prompts, prompt_ids
+from infini_ds.training.processes import launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="an exported folder, a run, or a checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    parser.add_argument("--file", type=Path, action="append", default=[], help="a file that is a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--memory-off", action="store_true", help="switch the compressive memory off")
+    args = parser.parse_args()
+    for name, value, least in (("--max-new-tokens", args.max_new_tokens, 1), ("--temperature", args.temperature, 0)):
+        if value < least:
+            raise ValueError(f"{name} {value} must be at least {least}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p} must be above 0 and at most 1")
+    prompts = read_prompts(args)
+    source = locate(args.model)
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    bound_prompts(model)
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        sampling |= {"temperature": args.temperature, "top_p": args.top_p}
+    for prompt in prompts:
+        model.generate(
+            **prompt_ids(tokenizer, model, prompt),
+            max_new_tokens=args.max_new_tokens,
+            use_memory=not args.memory_off,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """From arguments, files, or standard input.
+
+    Raises:
+        ValueError: a file that is missing or is no UTF-8 text, or no prompt at all.
+    """
+    prompts = list(args.prompt)
+    for file in args.file:
+        try:
+            prompts.append(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--file {file} cannot be read as text: {error}") from error
+    if not prompts and not sys.stdin.isatty():
+        prompts = [sys.stdin.read()]
+    if not prompts:
+        raise ValueError("there is no prompt: give --prompt TEXT, --file FILE, or text on standard input")
+    return prompts
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,37 @@
+"""Train a model from a recipe.
+
+deepspeed launch/pretrain.py --config launch/recipes/tiny-cpu.yaml [key=value ...]
+
+Also under `torchrun`, `srun`, or by `python` as one process. Interrupted, the same command goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from infini_ds.training.loop import train
+from infini_ds.training.processes import identify, launch, share_threads
+from infini_ds.training.recipe import load_recipe
+from infini_ds.training.setup import is_finished, set_up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a recipe, such as launch/recipes/tiny-cpu.yaml")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    args = parser.parse_intermixed_args()
+    recipe = load_recipe(args.config, args.overrides)
+    process = identify()
+    if is_finished(recipe):
+        if process.is_first:
+            print(f"{recipe.folder} has made all of its {recipe.steps} steps: nothing to do; steps= above that goes on")
+        return
+    share_threads(process)
+    train(set_up(recipe, process))
+
+
+if __name__ == "__main__":
+    launch(main)

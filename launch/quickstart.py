@@ -1,0 +1,63 @@
+"""What `make pretrain` runs: text to shards, training, export, report; each step is left out if it is already done.
+
+python launch/quickstart.py [--config RECIPE] [key=value ...]
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from infini_ds.training.processes import launch
+from infini_ds.training.recipe import load_recipe
+
+SOURCE = ["--source", "stdlib", "--sequence-length", "2048", "--vocab-size", "4096"]
+
+
+def run(title: str, *command: str) -> None:
+    """Run one step as a command of its own; a step that fails has said why."""
+    print(f"\n=== {title}\n$ {' '.join(command)}", flush=True)
+    started = time.monotonic()
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",  # else DeepSpeed warns that it found no GPU
+    }
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        print(
+            f"error: this step ended with exit code {code}; mend what it says and run the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(code)
+    print(f"({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a recipe (default: by the hardware, tiny-gpu or tiny-cpu)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    args = parser.parse_intermixed_args()
+    gpus = torch.cuda.device_count()
+    config = args.config or f"launch/recipes/tiny-{'gpu' if gpus else 'cpu'}.yaml"
+    recipe = load_recipe(config, args.overrides)
+
+    python = sys.executable
+    run("text to shards", python, "-m", "data_prep", *SOURCE, "--out", recipe.data.path)
+    ranks = ["--num_gpus", str(gpus or 1), "--log_level", "error"]
+    run("training", "deepspeed", *ranks, "launch/pretrain.py", "--config", config, *args.overrides)
+    export = recipe.folder / "export"
+    run("export to Hugging Face format", python, "launch/convert.py", str(recipe.folder), "--out", str(export))
+    run("report", python, "launch/report.py", str(recipe.folder))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    launch(main)

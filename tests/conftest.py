@@ -1,0 +1,110 @@
+"""What tests share: a small corpus of real text as shards, and running the project's scripts as a user does."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_ds.training.loop import train
+from infini_ds.training.processes import identify
+from infini_ds.training.recipe import load_recipe
+from infini_ds.training.setup import set_up
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+MODULES = [
+    *("argparse", "ast", "calendar", "configparser", "csv", "difflib", "fractions", "gettext", "heapq", "inspect"),
+    *("locale", "optparse", "pickle", "plistlib", "random", "shlex", "statistics", "string", "tarfile", "textwrap"),
+]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of 20 real texts, modules of the standard library, and a few of a line or two."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for name in MODULES:
+        (folder / f"{name}.txt").write_text((stdlib / f"{name}.py").read_text(encoding="utf-8")[:30_000])
+        (folder / f"{name}-short.txt").write_text(f"The module {name} is part of Python.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(corpus, tmp_path_factory) -> Path:
+    """The corpus as rows of 256 tokens, vocabulary 512."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    options = ["--sequence-length", "256", "--vocab-size", "512", "--validation-fraction", "0.2", "--workers", "1"]
+    run_script("-m", "data_prep", "--source", f"text:{corpus}", "--out", out, *options)
+    return out
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without what a launcher sets, with the project importable."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher and not name.startswith("SLURM")}
+    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | variables
+
+
+def run_script(*arguments, code: int = 0, limit: float = 240, program: str = sys.executable, stdin: str | None = None):
+    """Run `python ARGUMENTS` from the project's root; the exit code has to be `code`. Returns the finished process."""
+    done = subprocess.run(
+        [program, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        input=stdin if stdin is not None else "",
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+# A model that trains in seconds, in segments of 32 tokens of rows of 256 tokens.
+TINY = [
+    *("batch.rows=4", "batch.micro_rows=2", "steps=20", "log_every=1", "validation.every=0", "checkpoint.every=8"),
+    *(
+        "model.segment_length=32",
+        "model.config.hidden_size=32",
+        "model.config.num_layers=2",
+        "model.config.num_heads=2",
+    ),
+    *(
+        "model.config.window_size=16",
+        "optimizer.learning_rate=0.005",
+        "schedule.kind=cosine",
+        "schedule.warmup_steps=4",
+    ),
+]
+
+
+def pretrain(shards: Path, output: Path, name: str, *overrides: str) -> None:
+    """Train a tiny model in this process, as launch/pretrain.py does."""
+    recipe = load_recipe(None, [f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides])
+    train(set_up(recipe, identify()))
+
+
+def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, ranks: int, code: int = 0):
+    """Run launch/pretrain.py by the deepspeed launcher on `ranks` ranks, or as plain python on one."""
+    arguments = ["launch/pretrain.py", f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides]
+    if ranks == 1:
+        return run_script(*arguments, code=code)
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return run_script("--num_gpus", ranks, "--log_level", "error", *arguments, program=launcher, code=code)
+
+
+@pytest.fixture(scope="session")
+def runs(shards, tmp_path_factory) -> Path:
+    """A folder of finished runs of 20 steps: `one`, made by one rank, and `two`, made by two ranks of ZeRO-2."""
+    output = tmp_path_factory.mktemp("runs")
+    pretrain(shards, output, "one", "validation.every=10")
+    done = launch_pretrain(shards, output, "two", "batch.micro_rows=1", ranks=2)
+    (output / "two" / "output.txt").write_text(done.stdout + done.stderr)
+    return output

@@ -1,0 +1,204 @@
+"""Infini-GPT-Neo the obvious way: one token of one head of one row after the other, as docs/architecture.md states it.
+
+Slow, for the tests only. Plain tensor operations, so that autograd gives the reference of every gradient too; run it on
+a model in fp64. Shapes: B rows, T tokens, L layers, H heads, S tokens in a segment, D head size, E width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+
+
+@dataclass
+class Memory:
+    """Of one layer and one row: per head M (D, D) and z (D,), and the document that they hold; None while empty."""
+
+    M: list[Tensor]
+    z: list[Tensor]
+    document: int | None = None
+
+
+def reference_forward(
+    model: InfiniGPTNeoForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    use_memory: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, T, V), 0 at padding, and the last memories M (L, B, H, D, D) and z (L, B, H, D)."""
+    config, weights = model.config, dict(model.named_parameters(remove_duplicate=False))
+    B, T = input_ids.shape
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    documents = torch.zeros_like(input_ids) if document_ids is None else document_ids
+    logits, final = [], []
+    for b in range(B):
+        columns = [t for t in range(T) if valid[b, t]]
+        memories = [_empty_memory(config, weights) for _ in range(config.num_layers)]
+        outputs = {}
+        for start in range(0, len(columns), config.segment_length):
+            segment = columns[start : start + config.segment_length]
+            ids = [int(input_ids[b, t]) for t in segment]
+            docs = [int(documents[b, t]) for t in segment]
+            outputs |= zip(segment, _segment(config, weights, ids, docs, memories, use_memory), strict=True)
+        zero = weights["transformer.wte.weight"].new_zeros(config.vocab_size)
+        logits.append(torch.stack([outputs.get(t, zero) for t in range(T)]))
+        final.append(memories)
+    M = torch.stack([torch.stack([torch.stack(row[layer].M) for row in final]) for layer in range(config.num_layers)])
+    z = torch.stack([torch.stack([torch.stack(row[layer].z) for row in final]) for layer in range(config.num_layers)])
+    return torch.stack(logits), M, z
+
+
+def _empty_memory(config: InfiniGPTNeoConfig, weights: dict[str, Tensor]) -> Memory:
+    H, D = config.num_heads, config.hidden_size // config.num_heads
+    like = weights["transformer.wte.weight"]
+    return Memory([like.new_zeros(D, D) for _ in range(H)], [like.new_zeros(D) for _ in range(H)])
+
+
+def _segment(
+    config: InfiniGPTNeoConfig,
+    weights: dict[str, Tensor],
+    ids: list[int],
+    documents: list[int],
+    memories: list[Memory],
+    use_memory: bool,
+) -> list[Tensor]:
+    """Logits of each token of one segment; `memories` go on to the state after it."""
+    x = []
+    for position, token in enumerate(ids):
+        embedding = weights["transformer.wte.weight"][token]
+        if config.position_embedding == "segment":
+            embedding = embedding + weights["transformer.wpe.weight"][position]
+        x.append(embedding)
+    for layer, kind in enumerate(config.attention_layers):
+        w = {
+            name.removeprefix(f"transformer.h.{layer}."): value
+            for name, value in weights.items()
+            if name.startswith(f"transformer.h.{layer}.")
+        }
+        window = config.window_size if kind == "local" else len(ids)
+        attended = _attention(config, w, x, documents, window, memories[layer], use_memory)
+        x = [token + a for token, a in zip(x, attended, strict=True)]
+        x = [token + _mlp(config, w, token) for token in x]
+    scale, shift = weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"]
+    x = [_layer_norm(token, scale, shift, config.layer_norm_epsilon) for token in x]
+    return [weights["lm_head.weight"] @ token for token in x]
+
+
+def _attention(
+    config: InfiniGPTNeoConfig,
+    w: dict[str, Tensor],
+    x: list[Tensor],
+    documents: list[int],
+    window: int,
+    memory: Memory,
+    use_memory: bool,
+) -> list[Tensor]:
+    H = config.num_heads
+    D = config.hidden_size // H
+    heads_of = {}
+    normed = [_layer_norm(token, w["ln_1.weight"], w["ln_1.bias"], config.layer_norm_epsilon) for token in x]
+    for name in ("q", "k", "v"):
+        projected = [w[f"attn.attention.{name}_proj.weight"] @ token for token in normed]
+        heads_of[name] = [[token[h * D : (h + 1) * D] for token in projected] for h in range(H)]
+
+    out = []  # of each head, of each token
+    for h in range(H):
+        q, k, v = (heads_of[name][h] for name in ("q", "k", "v"))
+        gate = 1 / (1 + torch.exp(-w["attn.attention.beta"][h]))
+        tokens = []
+        for i in range(len(x)):
+            seen = [j for j in range(i + 1) if documents[j] == documents[i] and i - j < window]
+            scores = torch.stack([_rotated(config, q[i], i) @ _rotated(config, k[j], j) for j in seen])  # scale 1.0
+            shares = torch.exp(scores - scores.max())
+            shares = shares / shares.sum()
+            result = sum(share * v[j] for share, j in zip(shares, seen, strict=True))
+            if use_memory and memory.document == documents[i]:
+                phi_q = _phi(q[i])
+                retrieved = (phi_q @ memory.M[h]) / (phi_q @ memory.z[h])
+                result = gate * retrieved + (1 - gate) * result
+            tokens.append(result)
+        out.append(tokens)
+
+    # The write comes after every read, and is the last document's alone.
+    last = documents[-1]
+    if memory.document != last:
+        memory.M = [torch.zeros_like(M) for M in memory.M]
+        memory.z = [torch.zeros_like(z) for z in memory.z]
+        memory.document = last
+    for h in range(H):
+        for i in range(len(x)):
+            if documents[i] == last:
+                phi_k = _phi(heads_of["k"][h][i])
+                memory.M[h] = memory.M[h] + torch.outer(phi_k, heads_of["v"][h][i])
+                memory.z[h] = memory.z[h] + phi_k
+
+    joined = [torch.cat([out[h][i] for h in range(H)]) for i in range(len(x))]
+    return [w["attn.attention.out_proj.weight"] @ token + w["attn.attention.out_proj.bias"] for token in joined]
+
+
+def _phi(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x + 1, torch.exp(torch.clamp(x, max=0)))
+
+
+def _rotated(config: InfiniGPTNeoConfig, x: Tensor, position: int) -> Tensor:
+    """Each pair (x[i], x[i + D/2]) turned by position * base^(-2i/D), the angle in fp32."""
+    if config.position_embedding != "rotary":
+        return x
+    D = len(x)
+    result = [None] * D
+    for i in range(D // 2):
+        frequency = config.rotary_base ** (torch.tensor(-2 * i, dtype=torch.float32) / D)
+        angle = position * frequency
+        cos, sin = angle.cos(), angle.sin()
+        result[i] = x[i] * cos - x[i + D // 2] * sin
+        result[i + D // 2] = x[i + D // 2] * cos + x[i] * sin
+    return torch.stack(result)
+
+
+def _mlp(config: InfiniGPTNeoConfig, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    x = _layer_norm(x, w["ln_2.weight"], w["ln_2.bias"], config.layer_norm_epsilon)
+    x = w["mlp.c_fc.weight"] @ x + w["mlp.c_fc.bias"]
+    x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))  # "gelu_new"
+    return w["mlp.c_proj.weight"] @ x + w["mlp.c_proj.bias"]
+
+
+def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+    variance = ((x - x.mean()) ** 2).mean()
+    return (x - x.mean()) / torch.sqrt(variance + epsilon) * scale + shift
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> InfiniGPTNeoForCausalLM:
+    """A model of two layers, one of each kind, whose every weight is random and large enough to matter; evaluating."""
+    torch.manual_seed(seed)
+    config = InfiniGPTNeoConfig(**(TINY | fields))
+    model = InfiniGPTNeoForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln_" not in name or name.endswith("bias"):
+                parameter.normal_(std=0.4)
+            else:
+                parameter.normal_(mean=1.0, std=0.2)
+    return model.to(dtype).eval()
+
+
+TINY = {
+    "vocab_size": 19,
+    "hidden_size": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 3,
+    "max_position_embeddings": 32,
+    "segment_length": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def random_ids(B: int, T: int, seed: int = 0) -> Tensor:
+    """(B, T) tokens of the tiny model, none of them 0, which is its end of text."""
+    return torch.randint(1, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,214 @@
+"""Training: ranks, micro-batches, blocks and stops change no number; the engine equals an unsharded reference."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, launch_pretrain, pretrain, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_prep.manifest import load_manifest
+from infini_ds.conversion.locate import load_model, locate
+from infini_ds.data.batches import micro_batches, predicted_tokens
+from infini_ds.data.streams import TrainingStream, ValidationRows
+from infini_ds.training.checkpoints import good_checkpoints
+from infini_ds.training.engine import parameter_groups
+from infini_ds.training.metrics import read_metrics
+from infini_ds.training.recipe import load_recipe
+from infini_ds.training.schedule import factor, gate_factor
+from infini_ds.training.setup import build_model, model_config
+from infini_ds.training.validation import position_losses
+
+
+def losses(run) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+def largest_difference(a, b) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(shards) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training written out in plain PyTorch: no engine, no ranks, no micro-batches, no checkpointing."""
+    recipe = load_recipe(None, [f"data.path={shards}", *TINY])
+    model = build_model(recipe, model_config(recipe, load_manifest(shards)))
+    choice = recipe.optimizer
+    groups = parameter_groups(model, choice)
+    optimizer = torch.optim.AdamW(groups, betas=(choice.beta1, choice.beta2), eps=choice.eps)
+    peaks = [choice.learning_rate, choice.learning_rate, choice.gate_learning_rate]
+    batches, curve = iter(TrainingStream(shards, recipe.batch.rows, recipe.data.seed, 0)), []
+    for step in range(recipe.steps):
+        of_weights = factor(recipe.schedule, recipe.steps, step)
+        factors = [of_weights, of_weights, gate_factor(recipe.schedule, recipe.steps, step)]
+        for group, peak, by in zip(optimizer.param_groups, peaks, factors, strict=True):
+            group["lr"] = peak * by
+        batch = next(batches)
+        (whole,) = micro_batches(batch, recipe.batch.rows, "cpu")
+        loss = model(**whole).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), choice.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+        assert predicted_tokens(batch) == recipe.batch.rows * 255
+    return curve, model.state_dict()
+
+
+def test_engine_equals_plain_pytorch(runs, reference):
+    curve, weights = reference
+    assert curve[-1] < curve[0] - 0.5  # it learns something
+    assert largest_difference(losses(runs / "one"), curve) < 1e-4
+    trained = load_model(locate(runs / "one")).state_dict()
+    assert all(torch.allclose(trained[name], weights[name], atol=1e-3) for name in weights)
+
+
+def test_two_ranks_of_zero2_give_the_losses_of_one(runs):
+    assert largest_difference(losses(runs / "two"), losses(runs / "one")) < 1e-4
+
+
+def test_blocks_and_checkpointing_change_nothing(runs, shards, tmp_path):
+    """A submodule used many times a step, recomputed, under ZeRO-2 on two ranks: where sharded gradients went wrong."""
+    blocks = ["model.segments_per_block=1", "model.gradient_checkpointing=true"]
+    launch_pretrain(shards, tmp_path, "blocks", *blocks, ranks=2)
+    assert largest_difference(losses(tmp_path / "blocks"), losses(runs / "one")) < 1e-4
+
+
+def test_killed_and_resumed_equals_never_stopped(runs, shards, tmp_path):
+    """SIGKILL some steps after the checkpoint of step 8; the same command then goes on from there."""
+    command = [sys.executable, "launch/pretrain.py", f"data.path={shards}", f"output={tmp_path}", "name=killed", *TINY]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(losses(tmp_path / "killed")) < 11:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [folder.name for folder in good_checkpoints(tmp_path / "killed")] == ["step-000008"]
+    assert len(losses(tmp_path / "killed")) < 20
+
+    output = launch_pretrain(shards, tmp_path, "killed", ranks=1).stdout
+    assert "going on from" in output and "step-000008" in output
+    assert losses(tmp_path / "killed") == losses(runs / "one")
+    a, b = (load_model(locate(folder)).state_dict() for folder in (tmp_path / "killed", runs / "one"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # Two checkpoints are kept, the last of them of the last step.
+    assert [folder.name for folder in good_checkpoints(tmp_path / "killed")] == ["step-000016", "step-000020"]
+
+
+def test_half_written_checkpoint_is_passed_over(shards, tmp_path, capsys):
+    """A checkpoint without its mark is what a crash while saving leaves."""
+    pretrain(shards, tmp_path, "half", "steps=8", "schedule.kind=constant")
+    half = tmp_path / "half" / "checkpoints" / "step-000012"
+    half.mkdir()
+    (half / "mp_rank_00_model_states.pt").write_bytes(b"PK broken")
+    pretrain(shards, tmp_path, "half", "steps=12", "schedule.kind=constant")
+    assert "step-000008: " in capsys.readouterr().out
+    assert good_checkpoints(tmp_path / "half")[-1].name == "step-000012"
+
+
+def test_finished_run_says_so(runs, shards):
+    done = launch_pretrain(shards, runs, "one", "validation.every=10", ranks=1)
+    assert "nothing to do" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("one", ["batch.rows=8"], ["batch.rows=8", "batch.rows=4", "name="]),
+        ("one", ["resume=false"], ["resume=false", "name="]),
+        ("two", ["batch.micro_rows=1", "steps=24"], ["2 ranks", "this run has 1"]),
+        ("new", ["batch.rows=4000"], ["fewer than one global batch of 4000"]),
+        ("new", ["model.preset=tinny"], ["model.preset='tinny'", "study-9m"]),
+        ("new", ["model.config.hiden_size=4"], ["model.config.hiden_size", "model.config.hidden_size"]),
+        ("new", ["model.config.num_heads=5"], ["hidden_size=32", "num_heads=5"]),
+        ("new", ["model.config.vocab_size=100"], ["100 embeddings", "512", "--tokenizer"]),
+        ("new", ["model.start_from=/nowhere"], ["model.start_from=/nowhere"]),
+        ("new", ["data.path=/nowhere"], ["/nowhere", "python -m data_prep"]),
+    ],
+)
+def test_mistakes_get_a_sentence(name, overrides, words, runs, shards):
+    with pytest.raises(ValueError) as error:
+        pretrain(shards, runs, name, *overrides)
+    sentence = str(error.value)
+    assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_mistake_under_the_launcher_is_one_sentence(shards, tmp_path):
+    done = launch_pretrain(shards, tmp_path, "wrong", "batch.rows=3", ranks=2, code=2)
+    text = done.stdout + done.stderr
+    assert text.count("batch.rows=3 cannot be divided over 2 ranks") == 1
+    assert "Traceback" not in text
+
+
+def test_output_in_a_log_file_is_plain_and_short(runs):
+    lines = (runs / "two" / "output.txt").read_text().splitlines()
+    assert len(lines) < 12, lines
+    assert not any("\x1b[" in line or "Warning" in line or "[INFO]" in line for line in lines), lines
+
+
+def test_validation_does_not_depend_on_micro_rows(runs, shards):
+    model, rows = load_model(locate(runs / "one")), ValidationRows(shards)
+    one_by_one = position_losses(model, rows, None, 1)
+    all_at_once = position_losses(model, rows, None, 64)
+    assert torch.allclose(one_by_one.loss, all_at_once.loss, atol=1e-4)
+    assert torch.equal(one_by_one.count, all_at_once.count)
+    off = position_losses(model, rows, None, 64, use_memory=False)
+    assert torch.allclose(off.loss[:30], all_at_once.loss[:30], atol=1e-4)  # the first segment has no memory to read
+    assert not torch.allclose(off.loss[40:], all_at_once.loss[40:], atol=1e-3)
+
+
+def test_metrics_hold_what_is_promised(runs):
+    lines = read_metrics(runs / "one")
+    last = [line for line in lines if "train/loss" in line][-1]
+    for name in ("train/gradient_norm", "train/learning_rate", "speed/tokens_per_s", "speed/mfu", "speed/memory_gib"):
+        assert last[name] > 0, name
+    assert last["train/tokens"] == 20 * 4 * 256
+    for layer in range(2):
+        assert last[f"memory/M_norm/layer_{layer}"] > 0 and last[f"memory/z_norm/layer_{layer}"] > 0
+        for head in range(2):
+            assert abs(last[f"gate/layer_{layer}/head_{head}"] - 0.5) > 1e-3  # gates move from the start
+    assert [line["step"] for line in lines if "validation/loss" in line] == [0, 10, 20]
+    events = EventAccumulator(str(runs / "one"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"validation/loss", "validation/loss_memory_off", "speed/mfu", "gate/layer_0/head_0"} <= set(tags["scalars"])
+    assert "gate" in tags["histograms"]
+
+
+def test_epochs_follow_each_other_and_resume_anywhere(shards):
+    """The stream goes on through epochs; stopped after any batch, also the last of an epoch, it goes on the same."""
+    rows = 16
+    whole = TrainingStream(shards, rows, 3, 0)
+    per_epoch = whole.dataset.num_samples // rows
+    batches = [batch["input_ids"] for _, batch in zip(range(2 * per_epoch + 2), whole, strict=False)]
+    for stop in (1, per_epoch - 1, per_epoch, per_epoch + 1):
+        first = TrainingStream(shards, rows, 3, 0)
+        for _ in zip(range(stop), first, strict=False):
+            pass
+        state = first.state_dict()
+        second = TrainingStream(shards, rows, 3, 0)
+        second.load_state_dict(state)
+        for expected, batch in zip(batches[stop : stop + 3], second, strict=False):
+            assert torch.equal(expected, batch["input_ids"]), stop
+
+
+def test_keyboard_interrupt_shows_no_stack(shards, tmp_path):
+    command = [sys.executable, "launch/pretrain.py", f"data.path={shards}", f"output={tmp_path}", *TINY, "steps=100000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not losses(tmp_path / "run"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+
+
+def test_help_names_the_command():
+    assert "deepspeed launch/pretrain.py" in run_script("launch/pretrain.py", "--help").stdout
