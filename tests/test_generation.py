@@ -377,3 +377,13 @@ def test_a_given_length_is_kept():
     assert model.generate(ids, max_length=47, **options).shape == (1, 47)
     config = GenerationConfig(max_length=45, do_sample=False, pad_token_id=0)
     assert model.generate(ids, generation_config=config, attention_mask=options["attention_mask"]).shape == (1, 45)
+
+
+def test_mask_may_be_of_all_tokens_since_the_start():
+    """The convention of Hugging Face's other models; a mask of the new tokens alone means the same."""
+    model, ids = tiny_model(), random_ids(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    cache = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True).past_key_values
+    of_all = model(ids[:, 40:], attention_mask=mask, past_key_values=cache).logits
+    assert torch.allclose(of_all, model(ids, attention_mask=mask).logits[:, 40:], atol=1e-5)

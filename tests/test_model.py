@@ -624,3 +624,10 @@ def test_presets_are_possible(name):
 def test_unknown_preset():
     with pytest.raises(ValueError, match=r"model.preset='huge' is not one of tiny"):
         preset_config("huge")
+
+
+def test_misspelt_argument_is_refused():
+    model, ids = tiny_model(), random_ids(1, 9)
+    with pytest.raises(TypeError, match="lables"):
+        model(ids, lables=ids)
+    model(ids, return_dict=True, output_attentions=False, cache_position=None)

@@ -147,6 +147,13 @@ class InfiniLayer(nn.Module):
         return hidden + self.mlp(self.ln_2(hidden)), state, kv
 
 
+def refuse_unknown(arguments: dict) -> None:
+    """Raise a TypeError for a misspelt argument, or one that asks for what this model does not give."""
+    for name, value in arguments.items():
+        if name != "cache_position" and not (value is None or value is False or (name == "return_dict" and value)):
+            raise TypeError(f"forward() of Infini-GPT-Neo has no argument {name}={value!r:.80}")
+
+
 class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
     config_class = InfiniGPTNeoConfig
     base_model_prefix = "transformer"
@@ -207,9 +214,10 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         past_key_values: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
-        **_,
+        **unknown,
     ) -> InfiniModelOutput:
         """Hidden states of all tokens; arguments as in `InfiniGPTNeoForCausalLM.forward`."""
+        refuse_unknown(unknown)
         run = self.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory)
         hidden, memory = self.run(input_ids, run, head=lambda hidden, slots: hidden)
         hidden = run.grid.collect(torch.cat(hidden, dim=1), input_ids.shape[1])
@@ -235,6 +243,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         else:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
             grid, still_open = lay_out_after(cache.documents, cache.held, attention_mask, document_ids)
             states = tuple(layer.memory for layer in cache.layer_states)
         if not use_memory:
@@ -336,7 +345,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
-        **_,
+        **unknown,
     ) -> InfiniCausalLMOutput:
         """
         Args:
@@ -345,7 +354,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
             document_ids: (B, T) integers from 0 that never decrease in a row: local attention and memory keep the
                 documents of a packed row apart. None: each row is one document, which goes on where the cache ended.
             labels: (B, T), usually `input_ids`; shifted here. -100 counts for nothing.
-            past_key_values: the cache of an earlier call; only what follows is given then, also as attention_mask.
+            past_key_values: the cache of an earlier call. `input_ids` are then what follows; `attention_mask` may be of
+                these alone, or of all since the start.
             use_cache: return a cache. None: only if one is given.
             use_memory: False switches the memory off: local attention alone, whatever the gates.
             loss_reduction: "mean" over the labels that count, "sum", or "none": (B, T - 1) losses of the next token.
@@ -355,7 +365,9 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: an unknown loss_reduction, or a cache under gradient checkpointing.
+            TypeError: an argument that there is not; what transformers passes to all models is let through.
         """
+        refuse_unknown(unknown)
         if loss_reduction not in ("mean", "sum", "none"):
             raise ValueError(f"loss_reduction={loss_reduction!r} is not one of mean, sum, none")
         if return_logits is None:

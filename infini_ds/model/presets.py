@@ -9,7 +9,7 @@ def _alternating(layers: int) -> list:
 
 PRESETS: dict[str, dict] = {
     # The default of a machine without a GPU.
-    "tiny": {"hidden_size": 192, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 512},
+    "tiny": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 512},
     "study-9m": {
         "vocab_size": 10_000,
         "hidden_size": 512,

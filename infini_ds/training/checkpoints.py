@@ -1,6 +1,6 @@
 """Checkpoints of a run: folders `step-000100` with all that the next step needs, the newest good one, the last N kept.
 
-A checkpoint is good once its `checkpoint.json` stands, which is written last; what a crash leaves half written has none.
+A checkpoint is good once its `checkpoint.json` stands, which is written last; one half written at a crash has none.
 """
 
 import json

@@ -24,8 +24,8 @@ def connect(process: Process) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
-    # Without it, DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and a
-    # compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
+    # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and
+    # a compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
 

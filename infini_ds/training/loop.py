@@ -53,8 +53,8 @@ def train(run: Training) -> None:
 def train_step(run: Training, batch: dict) -> tuple[torch.Tensor, tuple]:
     """One optimizer step on this rank's rows; returns this rank's share of the mean loss, and the last rows' memory.
 
-    The loss of a step is the mean over all of its predicted tokens, whichever rank or micro-batch they fall to. DeepSpeed
-    averages gradients over ranks and micro-batches, so each part is divided by the mean number of tokens of a part.
+    The loss of a step is the mean over all of its predicted tokens, whichever rank or micro-batch they fall to.
+    DeepSpeed averages gradients over ranks and micro-batches, so each part is divided by the mean tokens of a part.
     """
     engine, shape = run.engine, run.shape
     tokens = torch.tensor(predicted_tokens(batch), device=run.process.device)

@@ -45,7 +45,7 @@ class BatchRecipe:
 
 @dataclass
 class OptimizerRecipe:
-    """AdamW. The gates have a learning rate of their own: Adam moves a value by at most the sum of its learning rates."""
+    """AdamW. Adam moves a value by at most the sum of its learning rates, so the gates have a higher one."""
 
     learning_rate: float = 1e-3
     gate_learning_rate: float = 1e-2

@@ -156,8 +156,8 @@ def check_same_run(recipe: Recipe) -> None:
         before = begun.get(key, value)
         if key.split(".")[0] not in MAY_CHANGE and value != before:
             raise ValueError(
-                f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, or "
-                f"give {key}={before} to go on with it"
+                f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
+                f"or give {key}={before} to go on with it"
             )
 
 

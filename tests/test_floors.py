@@ -1,0 +1,78 @@
+"""The architecture: each floor imports only from floors below it, and each library has its door."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# From the top down; docs/architecture.md says what each is for.
+FLOORS = [
+    "launch",
+    "infini_ds/study",
+    "infini_ds/evaluation",
+    "infini_ds/conversion",
+    "infini_ds/training",
+    "infini_ds/data",
+    "infini_ds/model",
+    "data_prep",
+]
+FILES = sorted(path for folder in ("launch", "infini_ds", "data_prep") for path in (ROOT / folder).rglob("*.py"))
+
+# A library and the only places that import it.
+DOORS = {
+    "deepspeed": {"infini_ds/training/engine.py", "infini_ds/conversion/zero.py"},
+    "streaming": {"data_prep/mosaic.py"},
+    "matplotlib": {"infini_ds/evaluation/plots.py"},
+}
+
+
+def imports(path) -> set[str]:
+    """Modules that a file imports, absolute, as dotted names."""
+    package = ".".join(path.relative_to(ROOT).parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: 1 - node.level or None]) + "." if node.level else ""
+            module = (base + (node.module or "")).strip(".")
+            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return names
+
+
+def floor(name: str) -> int | None:
+    """The floor of a path or dotted name, 0 at the top."""
+    path = name.replace(".", "/") + "/"
+    return next((i for i, top in enumerate(FLOORS) if path.startswith(top + "/")), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    own = floor(str(path.relative_to(ROOT).with_suffix("")))
+    for name in imports(path):
+        if floor(name) is not None:
+            assert floor(name) >= own, f"{path.relative_to(ROOT)} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_each_library_has_its_door(library):
+    users = {str(p.relative_to(ROOT)) for p in FILES if any(name.split(".")[0] == library for name in imports(p))}
+    assert users == DOORS[library]
+
+
+def test_model_imports_torch_and_transformers_only():
+    """What an export carries has to run where nothing else is installed."""
+    import sys
+
+    allowed = {"torch", "transformers", "infini_ds"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "infini_ds" / "model").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path.name
+        assert not any(
+            name.startswith("infini_ds") and not name.startswith("infini_ds.model") for name in imports(path)
+        )
+
+
+def test_a_floor_above_would_be_seen():
+    """The check itself: a name of a higher floor has a smaller number."""
+    assert floor("infini_ds.training.loop") < floor("infini_ds.model.memory") < floor("data_prep.rows")
+    assert floor("launch/pretrain") == 0 and floor("torch.nn") is None
