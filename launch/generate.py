@@ -67,8 +67,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--file {file} cannot be read as text: {error}") from error
     if not prompts and not sys.stdin.isatty():
-        prompts = [sys.stdin.read()]
-    if not prompts:
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    if not any(prompts):
         raise ValueError("there is no prompt: give --prompt TEXT, --file FILE, or text on standard input")
     return prompts
 

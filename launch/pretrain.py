@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infini_ds.training.loop import train
-from infini_ds.training.processes import identify, launch, share_threads
+from infini_ds.training.processes import disconnect, identify, launch, share_threads
 from infini_ds.training.recipe import load_recipe
-from infini_ds.training.setup import is_finished, set_up
+from infini_ds.training.setup import set_up
 
 
 def main() -> None:
@@ -25,12 +25,13 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     recipe = load_recipe(args.config, args.overrides)
     process = identify()
-    if is_finished(recipe):
-        if process.is_first:
-            print(f"{recipe.folder} has made all of its {recipe.steps} steps: nothing to do; steps= above that goes on")
-        return
     share_threads(process)
-    train(set_up(recipe, process))
+    training = set_up(recipe, process)
+    if training:
+        train(training)
+    elif process.is_first:
+        print(f"{recipe.folder} has made all of its {recipe.steps} steps: nothing to do; steps= above that goes on")
+    disconnect()
 
 
 if __name__ == "__main__":

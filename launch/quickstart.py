@@ -1,4 +1,4 @@
-"""What `make pretrain` runs: text to shards, training, export, report; each step is left out if it is already done.
+"""What `make pretrain` runs: text to shards, training, export, report; what is finished is left as it is.
 
 python launch/quickstart.py [--config RECIPE] [key=value ...]
 """
@@ -18,6 +18,7 @@ import torch
 from infini_ds.training.processes import launch
 from infini_ds.training.recipe import load_recipe
 
+DATA = "data/stdlib"
 SOURCE = ["--source", "stdlib", "--sequence-length", "2048", "--vocab-size", "4096"]
 
 
@@ -50,7 +51,8 @@ def main() -> None:
     recipe = load_recipe(config, args.overrides)
 
     python = sys.executable
-    run("text to shards", python, "-m", "data_prep", *SOURCE, "--out", recipe.data.path)
+    if recipe.data.path == DATA:  # text of one's own is prepared with options of one's own
+        run("text to shards", python, "-m", "data_prep", *SOURCE, "--out", DATA)
     ranks = ["--num_gpus", str(gpus or 1), "--log_level", "error"]
     run("training", "deepspeed", *ranks, "launch/pretrain.py", "--config", config, *args.overrides)
     export = recipe.folder / "export"

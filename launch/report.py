@@ -1,6 +1,6 @@
 """The report of a run: python launch/report.py runs/tiny
 
-Evaluates the run's export with the memory and without, writes report.md and its plots, and prints the short of it.
+Evaluates the run's newest checkpoint with the memory and without, writes report.md and its plots, and prints it.
 """
 
 import argparse
@@ -16,11 +16,13 @@ from infini_ds.training.processes import identify, launch, share_threads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--model", type=Path, help="an export or checkpoint to evaluate (default: RUN/export)")
     parser.add_argument("--rows", type=int, default=64, help="validation rows, 0 for all (default: %(default)s)")
     args = parser.parse_args()
+    if args.rows < 0:
+        raise ValueError(f"--rows {args.rows} must be at least 1, or 0 for all")
     share_threads(identify())
-    measured = report.measure(args.run, args.model or args.run / "export", args.rows)
+    export = args.run / "export"
+    measured = report.measure(args.run, export if export.is_dir() else args.run, args.rows or None)
     report.show(measured, report.write(measured))
 
 

@@ -10,6 +10,9 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+# Before the imports that read them: no hub, and no GPU, since the ranks that tests start have none.
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
 import pytest
 import torch
 
@@ -19,7 +22,6 @@ from infini_ds.training.recipe import load_recipe
 from infini_ds.training.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 MODULES = [
@@ -53,7 +55,7 @@ def environment(**variables: str) -> dict[str, str]:
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launcher and not name.startswith("SLURM")}
     path = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | variables
+    return kept | {"PATH": path, "PYTHONPATH": str(ROOT)} | variables
 
 
 def run_script(*arguments, code: int = 0, limit: float = 240, program: str = sys.executable, stdin: str | None = None):
@@ -108,7 +110,9 @@ TINY = [
 def pretrain(shards: Path, output: Path, name: str, *overrides: str) -> None:
     """Train a tiny model in this process, as launch/pretrain.py does."""
     recipe = load_recipe(None, [f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides])
-    train(set_up(recipe, identify()))
+    training = set_up(recipe, identify())
+    assert training is not None, "the run is finished"
+    train(training)
 
 
 def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, ranks: int, code: int = 0):
@@ -123,6 +127,6 @@ def runs(shards, tmp_path_factory) -> Path:
     """A folder of finished runs of 20 steps: `one`, made by one rank, and `two`, made by two ranks of ZeRO-2."""
     output = tmp_path_factory.mktemp("runs")
     pretrain(shards, output, "one", "validation.every=10")
-    done = launch_pretrain(shards, output, "two", "batch.micro_rows=1", ranks=2)
+    done = launch_pretrain(shards, output, "two", "batch.micro_rows=1", "validation.every=10", ranks=2)
     (output / "two" / "output.txt").write_text(done.stdout + done.stderr)
     return output

@@ -70,6 +70,9 @@ def test_engine_equals_plain_pytorch(runs, reference):
 
 def test_two_ranks_of_zero2_give_the_losses_of_one(runs):
     assert largest_difference(losses(runs / "two"), losses(runs / "one")) < 1e-4
+    validated = [[line["validation/loss"] for line in read_metrics(run) if "validation/loss" in line]
+                 for run in (runs / "one", runs / "two")]  # fmt: skip
+    assert largest_difference(*validated) < 1e-4
 
 
 def test_blocks_and_checkpointing_change_nothing(runs, shards, tmp_path):
@@ -124,7 +127,10 @@ def test_finished_run_says_so(runs, shards):
     [
         ("one", ["batch.rows=8"], ["batch.rows=8", "batch.rows=4", "name="]),
         ("one", ["resume=false"], ["resume=false", "name="]),
-        ("two", ["batch.micro_rows=1", "steps=24"], ["2 ranks", "this run has 1"]),
+        ("two", ["validation.every=10", "steps=24"], ["2 ranks", "this run has 1"]),
+        ("one", ["model.config.resid_dropout=0.1"], ["resid_dropout=0.1", "the default"]),
+        ("one", ["optimizer.beta2=1.5"], ["optimizer.beta2=1.5"]),
+        ("one", ["optimizer.learning_rate=nan"], ["learning_rate=nan"]),
         ("new", ["batch.rows=4000"], ["fewer than one global batch of 4000"]),
         ("new", ["model.preset=tinny"], ["model.preset='tinny'", "study-9m"]),
         ("new", ["model.config.hiden_size=4"], ["model.config.hiden_size", "model.config.hidden_size"]),
@@ -150,7 +156,7 @@ def test_mistake_under_the_launcher_is_one_sentence(shards, tmp_path):
 
 def test_output_in_a_log_file_is_plain_and_short(runs):
     lines = (runs / "two" / "output.txt").read_text().splitlines()
-    assert len(lines) < 12, lines
+    assert sum("training" in line for line in lines) < 20, lines  # one in ten seconds, not one a step
     assert not any("\x1b[" in line or "Warning" in line or "[INFO]" in line for line in lines), lines
 
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from infini_ds.conversion.card import model_card
 from infini_ds.conversion.locate import Source, load_model
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.training.checkpoints import MARK
 
 
 def export(source: Source, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
@@ -27,7 +28,7 @@ def write_folder(
     model: InfiniGPTNeoForCausalLM, tokenizer: Path | None, out: Path, card: str, max_shard_size: str = "2GB"
 ) -> None:
     """Write all in a folder beside `out` and put it in place at the end, so that `out` is never half a model."""
-    if out.exists() and any(out.iterdir()) and not _is_export(out):
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
         raise ValueError(f"--out {out} holds other files: choose another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,6 +51,8 @@ def write_folder(
 
 def _is_export(folder: Path) -> bool:
     config = folder / "config.json"
+    if (folder / MARK).exists() or (folder / ".git").exists():
+        return False
     return config.is_file() and json.loads(config.read_text()).get("model_type") == InfiniGPTNeoConfig.model_type
 
 
@@ -66,7 +69,7 @@ def push_to_hub(folder: Path, name: str, private: bool) -> str:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the hub's client raises errors of several libraries
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"--push-to-hub {name}: the upload failed ({reason}); {folder} is complete, so `hf auth login` and "
             f"`hf upload {name} {folder}` can send it later"

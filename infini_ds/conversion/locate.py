@@ -1,5 +1,6 @@
 """What a path that a user gives holds: an exported folder, a run, or one checkpoint of a run; and loading each."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from infini_ds.training import checkpoints
 
 @dataclass(frozen=True)
 class Source:
-    """`checkpoint` is None for an exported folder; `run` is None for one that lies outside of a run."""
+    """`checkpoint` and `run` are None for an exported folder."""
 
     path: Path
     checkpoint: Path | None
@@ -32,13 +33,19 @@ def locate(path: str | Path) -> Source:
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; give an exported folder, a run, or a checkpoint")
     if (path / checkpoints.MARK).is_file():
-        return Source(path, path, path.parent.parent)
+        run = path.resolve().parent.parent
+        if not (run / "recipe.yaml").is_file():
+            raise ValueError(f"{path}: a checkpoint is read from inside its run, and {run} is none (no recipe.yaml)")
+        return Source(path, path, run)
     if (path / "checkpoints").is_dir():
         good = checkpoints.good_checkpoints(path)
         if not good:
             raise ValueError(f"{path}: this run has no finished checkpoint yet")
         return Source(path, good[-1], path)
     if (path / "config.json").is_file():
+        kind = json.loads((path / "config.json").read_text()).get("model_type")
+        if kind != InfiniGPTNeoConfig.model_type:
+            raise ValueError(f"{path} is a {kind} model: give it a memory first, with launch/convert.py --from-gpt-neo")
         return Source(path, None, None)
     raise ValueError(
         f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a finished checkpoint "

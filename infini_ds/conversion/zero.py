@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pickle
 import warnings
 from pathlib import Path
 
@@ -24,5 +25,5 @@ def full_weights(checkpoint: Path) -> dict[str, Tensor]:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    except (FileNotFoundError, RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +20,8 @@ def _open(folder: Path, split: str, **options) -> StreamingDataset:
 class TrainingStream:
     """Endless batches of `rows` rows for this rank, shuffled anew each epoch.
 
-    The global batches, and their order, are the same for any number of ranks. `state_dict` names the row at which the
+    The global batches, and their order, are the same for any number of ranks, but for an incomplete one at the end of
+    an epoch, which one rank leaves out and several fill up. `state_dict` names the row at which the
     next batch starts; `load_state_dict` has to come before the first batch.
 
     Raises:
@@ -49,6 +51,8 @@ class TrainingStream:
             num_workers=workers,
             persistent_workers=workers > 0,
             drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its own, so that an iterator does not draw from torch's random numbers
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

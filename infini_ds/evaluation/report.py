@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import plots
 from infini_ds.evaluation.generation import bound_prompts, prompt_ids
+from infini_ds.training.checkpoints import read_mark
 from infini_ds.training.metrics import read_metrics
 from infini_ds.training.progress import ProgressBar
 from infini_ds.training.validation import PositionLosses, position_losses
@@ -22,7 +24,7 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 120
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured on the model in `model`; losses in nats a token, tokens per second of training."""
+    """What was measured on a run's newest checkpoint, exported to `model`. Losses: nats a token; speed: of training."""
 
     run: Path
     model: Path
@@ -42,28 +44,30 @@ class Report:
 
 
 def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
-    """Evaluate an export of the run on `rows` of its validation rows (None: all).
+    """Evaluate the run's newest checkpoint on `rows` of its validation rows (None: all); `model_folder` is its export.
 
     Raises:
         ValueError: a folder is missing or unfinished.
     """
     recipe_data = _data_path(run)
-    source = locate(model_folder)
+    metrics = read_metrics(run)
+    trained = [line for line in metrics if "speed/tokens_per_s" in line]
+    if not trained:
+        raise ValueError(f"{run} has recorded no training step yet")
+    source = locate(run)
+    mark = read_mark(source.checkpoint)
     model, tokenizer = load_model(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bound_prompts(model)
     validation = ValidationRows(recipe_data)
     rows = min(rows or len(validation), len(validation))
-    micro_rows = 1
     with ProgressBar("evaluating", 2 * rows) as progress:
         on, off = (
             position_losses(
-                model, validation, rows, micro_rows, use_memory, lambda: progress.advance({"rows": str(progress.done)})
+                model, validation, rows, 1, use_memory, lambda: progress.advance({"rows": str(progress.done)})
             )
             for use_memory in (True, False)
         )
-    metrics = read_metrics(run)
-    trained = [line for line in metrics if "speed/tokens_per_s" in line]
     middle = sorted(trained, key=lambda line: line["speed/tokens_per_s"])[len(trained) // 2]
     prompt, sample = sample_text(model, tokenizer, validation)
     return Report(
@@ -71,8 +75,8 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
         model=model_folder,
         parameters=sum(p.numel() for p in model.parameters()),
         segment_length=model.config.segment_length,
-        step=trained[-1]["step"],
-        tokens=trained[-1]["train/tokens"],
+        step=mark["step"],
+        tokens=mark["tokens"],
         rows=rows,
         on=on,
         off=off,
@@ -86,8 +90,6 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
 
 
 def _data_path(run: Path) -> Path:
-    from omegaconf import OmegaConf
-
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is no run: it holds no recipe.yaml")
     return Path(OmegaConf.load(run / "recipe.yaml").data.path)
@@ -186,11 +188,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 
 def next_commands(report: Report) -> list[str]:
-    model, run = shlex.quote(str(report.model)), shlex.quote(str(report.run.parent))
+    model, run, runs = (shlex.quote(str(path)) for path in (report.model, report.run, report.run.parent))
     return [
         f"python launch/generate.py {model} --prompt 'import os'",
-        f"tensorboard --logdir {run}",
-        f"deepspeed launch/pretrain.py --config {report.run}/recipe.yaml steps={2 * report.step}",
+        f"tensorboard --logdir {runs}",
+        f"deepspeed launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
     ]
 
 

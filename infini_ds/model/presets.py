@@ -4,7 +4,7 @@ from .configuration import InfiniGPTNeoConfig
 
 
 def _alternating(layers: int) -> list:
-    return [[["global", "local"], layers // 2]]
+    return [[["global", "local"], layers // 2], [["global"], layers % 2]]
 
 
 PRESETS: dict[str, dict] = {

@@ -52,29 +52,35 @@ def save(engine, run: Path, state: TrainState, data_state: dict, keep_last: int)
         partial = folder / (MARK + ".partial")
         partial.write_text(json.dumps(mark, indent=1))
         os.replace(partial, folder / MARK)
-        for old in good_checkpoints(run)[:-keep_last]:
-            (old / MARK).unlink()  # from here on it is no good checkpoint, however far the removal gets
+        kept = good_checkpoints(run)[-keep_last:]
+        for old in set(folder.parent.glob("step-*")) - set(kept):
+            (old / MARK).unlink(missing_ok=True)  # no good checkpoint any more, however far the removal gets
             shutil.rmtree(old)
     dist.barrier()
     return folder
 
 
 def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:
-    """Put the engine and the random states back; returns where the run stood and the state of its data.
-
-    Raises:
-        ValueError: the checkpoint was written by another number of ranks.
-    """
+    """Put the engine and the random states back; returns where the run stood and the state of its data."""
     mark = read_mark(checkpoint)
-    if mark["world_size"] != dist.get_world_size():
-        raise ValueError(
-            f"{checkpoint} was written by {mark['world_size']} ranks and this run has {dist.get_world_size()}: "
-            f"start {mark['world_size']} ranks, or begin a new run with name= and model.start_from= an export of it"
-        )
     _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     states = torch.load(checkpoint / f"random-states-{dist.get_rank()}.pt", weights_only=False)
     _restore_random_states(states)
+    # DeepSpeed restores the learning rates too: those of the schedule that was, if the recipe's has changed.
+    schedule = engine.lr_scheduler
+    for group, peak, of_step in zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = peak * of_step(mark["step"])
     return TrainState(mark["step"], mark["tokens"]), client_state["data"]
+
+
+def check_ranks(checkpoint: Path, world_size: int) -> None:
+    """Raise a ValueError if the checkpoint was written by another number of ranks."""
+    theirs = read_mark(checkpoint)["world_size"]
+    if theirs != world_size:
+        raise ValueError(
+            f"{checkpoint} was written by {theirs} ranks and this run has {world_size}: start {theirs} ranks, or begin "
+            "a new run with name= and model.start_from= an export of it"
+        )
 
 
 def _random_states() -> dict:

@@ -14,7 +14,7 @@ KNOWN_KEYS = {
     "zero_optimization", "communication_data_type", "data_types", "torch_autocast", "checkpoint",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "steps_per_print",
     "prescale_gradients", "gradient_predivide_factor", "flops_profiler", "comms_logger", "dump_state",
-    "disable_allgather", "data_efficiency", "aio",
+    "disable_allgather", "data_efficiency", "aio", "timers",
 }  # fmt: skip
 
 
@@ -54,7 +54,10 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
                 'write "auto" there'
             )
         config[key] = value
-    bf16 = config.setdefault("bf16", {"enabled": "auto"})
-    if bf16.get("enabled") == "auto":
-        bf16["enabled"] = precision == "bf16"
+    enabled = (config.get("bf16") or {}).get("enabled", "auto") if isinstance(config.get("bf16", {}), dict) else None
+    if enabled not in ("auto", precision == "bf16"):
+        raise ValueError(
+            f'bf16={config["bf16"]} in deepspeed={path} contradicts precision={precision}: write {{"enabled": "auto"}}'
+        )
+    config["bf16"] = (config.get("bf16") or {}) | {"enabled": precision == "bf16"}
     return config

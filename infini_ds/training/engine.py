@@ -50,7 +50,7 @@ def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.d
     choice = recipe.optimizer
     groups = parameter_groups(model, choice)
     settings = {"lr": choice.learning_rate, "betas": (choice.beta1, choice.beta2), "eps": choice.eps}
-    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -62,8 +62,3 @@ def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.d
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
-
-
-def disconnect() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

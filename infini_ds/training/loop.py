@@ -14,25 +14,37 @@ from infini_ds.training.setup import Training
 from infini_ds.training.throughput import memory_in_use, peak_flops, training_flops_per_token
 from infini_ds.training.validation import position_losses
 
+SKIPPED_STEPS = 10  # in a row, without a finite gradient, before the run gives up
+
 
 def train(run: Training) -> None:
     """Train from where the run stands to its last step."""
     recipe, state, first = run.recipe, run.state, run.process.is_first
     metrics = Metrics(recipe.folder, state.step) if first else None
     meter = Meter(run)
-    batches = iter(run.stream)
+    batches, skipped = iter(run.stream), 0
     with ProgressBar("training", recipe.steps, state.step, shown=first) as progress:
         announce(run, progress)
         while state.step < recipe.steps:
             if state.step == 0 and recipe.validation.every:
-                validate(run, metrics, progress)
+                with meter.paused():
+                    validate(run, metrics, progress)
+            rates = run.engine.get_lr()
             losses, memory = train_step(run, next(batches))
             state.step += 1
+            skipped = 0 if run.engine.was_step_applied() else skipped + 1
+            if skipped:
+                progress.say(f"step {state.step}: a gradient was not finite, the step was skipped")
+            if skipped == SKIPPED_STEPS:
+                raise ValueError(
+                    f"the last {skipped} steps up to {state.step} had no finite gradient: lower "
+                    f"optimizer.learning_rate={recipe.optimizer.learning_rate}, in a run of another name="
+                )
             state.tokens += run.shape.rows * run.sequence_length
             meter.count(run.shape.rows * run.sequence_length)
             last = state.step == recipe.steps
             if state.step % recipe.log_every == 0 or last:
-                figures = log_step(run, metrics, meter, losses, memory)
+                figures = log_step(run, metrics, meter, losses, memory, rates)
                 progress.advance(
                     {"loss": f"{figures['train/loss']:.4f}", "tokens/s": f"{figures['speed/tokens_per_s']:,.0f}"}
                 )
@@ -69,17 +81,20 @@ def train_step(run: Training, batch: dict) -> tuple[torch.Tensor, tuple]:
     return share, output.memory
 
 
-def log_step(run: Training, metrics: Metrics | None, meter: "Meter", share: torch.Tensor, memory: tuple) -> dict:
-    """Record the step's figures; returns them on every rank."""
+def log_step(
+    run: Training, metrics: Metrics | None, meter: "Meter", share: torch.Tensor, memory: tuple, rates: list[float]
+) -> dict:
+    """Record the figures of a step made at the learning rates `rates`; returns them on every rank."""
     dist.all_reduce(share)
     speed = meter.read()
-    rates = dict(zip(("decay", "no_decay", "gates"), run.engine.get_lr(), strict=True))
+    weights_rate, _, gates_rate = rates
     figures = {
         "train/loss": share.item(),
         "train/gradient_norm": float(run.engine.get_global_grad_norm()),
-        "train/learning_rate": rates["decay"],
-        "train/gate_learning_rate": rates["gates"],
+        "train/learning_rate": weights_rate,
+        "train/gate_learning_rate": gates_rate,
         "train/tokens": run.state.tokens,
+        "train/skipped_steps": run.engine.skipped_steps,
         **speed,
     }
     if metrics:

@@ -1,6 +1,7 @@
 """What a run records: TensorBoard events for the eye, `metrics.jsonl` for the report and other programs."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ class Metrics:
 
     def __init__(self, run: Path, first_step: int):
         run.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(line) for line in read_metrics(run) if line["step"] <= first_step]
-        (run / FILE).write_text("".join(line + "\n" for line in kept))
+        kept = [json.dumps(line) for line in read_metrics(run) if first_step and line["step"] <= first_step]
+        partial = run / (FILE + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, run / FILE)
         self._file = (run / FILE).open("a", buffering=1)
-        self._board = SummaryWriter(str(run), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(run), purge_step=first_step + 1 if first_step else 0)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -28,9 +31,6 @@ class Metrics:
 
     def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
         self._board.add_histogram(name, values, step)
-
-    def text(self, name: str, text: str) -> None:
-        self._board.add_text(name, text)
 
     def close(self) -> None:
         self._file.close()

@@ -3,12 +3,16 @@
 import os
 import socket
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
 
 # What srun sets -> what torch, DeepSpeed and streaming read. DeepSpeed's own Slurm launcher does not map the ranks.
-FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_NTASKS": "WORLD_SIZE"}
+FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE"}
+
+
+SECONDS_FOR_FIRST_RANK = 5.0  # that other ranks wait before they say what is wrong
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ def identify() -> Process:
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
         for theirs, ours in FROM_SLURM.items():
             env[ours] = env[theirs]
-        env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-        if int(env["WORLD_SIZE"]) > 1 and "MASTER_ADDR" not in env:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if int(env["WORLD_SIZE"]) > 1 and missing:
             raise ValueError(
-                "MASTER_ADDR is not set: in the job script, export MASTER_ADDR=$(scontrol show hostnames "
-                '"$SLURM_JOB_NODELIST" | head -n 1) and MASTER_PORT before srun'
+                f"{missing[0]} is not set: in the job script, export MASTER_ADDR=$(scontrol show hostnames "
+                '"$SLURM_JOB_NODELIST" | head -n 1) and MASTER_PORT=29500 before srun'
             )
     env.setdefault("RANK", "0")
     env.setdefault("LOCAL_RANK", "0")
@@ -56,24 +60,39 @@ def identify() -> Process:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 env["MASTER_PORT"] = str(free.getsockname()[1])
-    return Process(
-        *(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")),
-    )
+    process = Process(*(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    if torch.cuda.is_available() and process.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {process.local_rank} of this node sees {torch.cuda.device_count()} GPUs: start one rank a GPU, and "
+            "let each see all of the node's (with Slurm --gres=gpu:N and not --gpus-per-task)"
+        )
+    return process
 
 
 def share_threads(process: Process) -> None:
-    """On the CPU, divide this node's cores among its ranks."""
+    """On the CPU, divide this node's cores among its ranks, unless Slurm has done so."""
     if process.device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_world_size))
+        sharing = 1 if "SLURM_CPUS_PER_TASK" in os.environ else process.local_world_size
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
+
+
+def disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def launch(main) -> None:
-    """Run a script's `main()`; a ValueError is for the user: its sentence is printed, without a stack, exit code 2."""
+    """Run a script's `main()`; a ValueError is for the user: its sentence is printed, without a stack, exit code 2.
+
+    What is wrong for all ranks is said once: when the first one ends with an error, a launcher ends the others.
+    """
     try:
         main()
     except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            time.sleep(SECONDS_FOR_FIRST_RANK)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

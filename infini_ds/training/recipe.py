@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelRecipe:
     """`preset` and fields of `InfiniGPTNeoConfig` that override it, or a Hugging Face folder to go on from."""
 
@@ -27,14 +27,14 @@ class ModelRecipe:
     config: dict[str, Any] = field(default_factory=dict)  # any other field, e.g. model.config.hidden_size=256
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataRecipe:
     path: str = "data/stdlib"  # a folder that data_prep wrote
     seed: int = 0  # of the order of rows
     workers: int = 0  # processes a rank that read ahead
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchRecipe:
     """Of one step, over all ranks: give `tokens` or `rows`. A rank computes `micro_rows` rows, or fewer, at a time."""
 
@@ -43,7 +43,7 @@ class BatchRecipe:
     micro_rows: int = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerRecipe:
     """AdamW. Adam moves a value by at most the sum of its learning rates, so the gates have a higher one."""
 
@@ -56,7 +56,7 @@ class OptimizerRecipe:
     gradient_clipping: float = 1.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleRecipe:
     """Warm-up, then `cosine`, `wsd` (stable, then linear decay in the last `decay_steps`), or `constant`."""
 
@@ -67,19 +67,19 @@ class ScheduleRecipe:
     gates: str = "same"  # or "constant": the gates' learning rate is not decayed
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidationRecipe:
     every: int = 100  # steps; 0: never
     rows: int = 32
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointRecipe:
     every: int = 500  # steps; the last step always writes one
     keep_last: int = 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     name: str = "run"  # of the run: its folder is output/name
     output: str = "runs"
@@ -173,13 +173,18 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
 
     def at_least(key: str, value: float, least: float) -> None:
-        if value < least:
+        if not value >= least:  # so written, it also refuses what is no number
             raise ValueError(f"{key}={value} must be at least {least}")
 
     one_of("precision", recipe.precision, "auto", "fp32", "bf16")
     one_of("schedule.kind", recipe.schedule.kind, "cosine", "wsd", "constant")
     one_of("schedule.gates", recipe.schedule.gates, "same", "constant")
-    if not recipe.name or "/" in recipe.name:
+    for key, value in (("optimizer.beta1", recipe.optimizer.beta1), ("optimizer.beta2", recipe.optimizer.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{key}={value} must be at least 0 and below 1")
+    if not 0 <= recipe.schedule.final_ratio <= 1:
+        raise ValueError(f"schedule.final_ratio={recipe.schedule.final_ratio} must be between 0 and 1")
+    if recipe.name in ("", ".", "..") or "/" in recipe.name:
         raise ValueError(f"name={recipe.name!r} must be the name of one folder: put the path in output=")
     for key, value in (
         ("steps", recipe.steps),
@@ -200,6 +205,8 @@ def check(recipe: Recipe) -> None:
         ("schedule.decay_steps", recipe.schedule.decay_steps),
         ("validation.every", recipe.validation.every),
         ("data.workers", recipe.data.workers),
+        ("data.seed", recipe.data.seed),
+        ("seed", recipe.seed),
     ):
         at_least(key, value, 0)
     if (recipe.batch.tokens is None) == (recipe.batch.rows is None):
@@ -250,7 +257,9 @@ def batch_shape(batch: BatchRecipe, sequence_length: int, world_size: int) -> Ba
         given += f" ({rows} rows of {sequence_length} tokens)"
     if rows < 1 or rows % world_size:
         nearest = max(1, round(rows / world_size)) * world_size
-        raise ValueError(f"{given} cannot be divided over {world_size} ranks: batch.rows={nearest} can")
+        raise ValueError(
+            f"{given} cannot be divided over {world_size} ranks: batch.tokens=null batch.rows={nearest} can"
+        )
     rank_rows = rows // world_size
     micro = max(m for m in range(1, min(batch.micro_rows, rank_rows) + 1) if rank_rows % m == 0)
     return BatchShape(rows, world_size, micro)

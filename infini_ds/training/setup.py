@@ -1,6 +1,8 @@
 """From a recipe to the parts that the loop needs: model, data, engine, and where the run goes on."""
 
 import difflib
+import json
+import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data_prep.manifest import load_manifest
@@ -21,7 +24,10 @@ from infini_ds.training.processes import Process
 from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 
 # What may differ between the recipe that began a run and the one that goes on with it.
-MAY_CHANGE = {"steps", "resume", "log_every", "output", "name", "deepspeed", "validation", "checkpoint", "schedule"}
+MAY_CHANGE = (
+    *("name", "output", "steps", "resume", "log_every", "deepspeed", "schedule", "validation", "checkpoint"),
+    *("data.workers", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
+)
 
 
 @dataclass
@@ -48,7 +54,8 @@ def choose_precision(asked: str, device: torch.device) -> str:
     """bf16 on a GPU that has it, else fp32; bf16 without native instructions is hundreds of times slower than fp32."""
     if asked != "auto":
         return asked
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 def model_config(recipe: Recipe, manifest) -> InfiniGPTNeoConfig:
@@ -59,8 +66,12 @@ def model_config(recipe: Recipe, manifest) -> InfiniGPTNeoConfig:
     """
     chosen = recipe.model
     if chosen.start_from is not None:
-        if not (Path(chosen.start_from) / "config.json").is_file():
-            raise ValueError(f"model.start_from={chosen.start_from} is no folder with a config.json")
+        check_start(Path(chosen.start_from), Path(recipe.data.path))
+        if chosen.config:
+            raise ValueError(
+                f"model.config.{next(iter(chosen.config))} is given, but the shape is that of model.start_from="
+                f"{chosen.start_from}: leave out one of the two"
+            )
         config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from)
         config.segments_per_block = chosen.segments_per_block
     else:
@@ -85,6 +96,26 @@ def model_config(recipe: Recipe, manifest) -> InfiniGPTNeoConfig:
     return config
 
 
+def check_start(folder: Path, data: Path) -> None:
+    """Raise a ValueError if the folder is no Infini-GPT-Neo, or its tokens mean something else than the data's."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.start_from={folder} is no folder with a config.json")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != InfiniGPTNeoConfig.model_type:
+        raise ValueError(
+            f"model.start_from={folder} is a {kind} model: give it a memory with launch/convert.py --from-gpt-neo"
+        )
+    if (folder / "tokenizer.json").is_file() and _vocabulary(folder) != _vocabulary(data / "tokenizer"):
+        raise ValueError(
+            f"model.start_from={folder} and data.path={data} have different tokenizers: prepare the data with "
+            f"--tokenizer {folder}"
+        )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+
+
 def build_model(recipe: Recipe, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCausalLM:
     seed_everything(recipe.seed)  # the same weights on every rank
     if recipe.model.start_from is not None:
@@ -102,8 +133,27 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def set_up(recipe: Recipe, process: Process) -> Training:
-    """Check everything that can be wrong, then build; the processes are connected on the way.
+def newest_checkpoint(recipe: Recipe, process: Process) -> Path | None:
+    """The checkpoint that the run goes on from, as the first rank sees it: a shared file system may show others less.
+
+    Raises:
+        ValueError: there is one, but the recipe asks for a new run, makes other numbers, or has other ranks.
+    """
+    good = checkpoints.good_checkpoints(recipe.folder)
+    if good and not recipe.resume:
+        raise ValueError(
+            f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
+        )
+    if good:
+        check_same_run(recipe)
+        checkpoints.check_ranks(good[-1], process.world_size)
+    choice = [good[-1] if good else None]
+    dist.broadcast_object_list(choice)
+    return choice[0]
+
+
+def set_up(recipe: Recipe, process: Process) -> Training | None:
+    """Check everything that can be wrong, then build, connecting the processes on the way. None: nothing is left to do.
 
     Raises:
         ValueError: the recipe does not fit the data, the ranks, or the run that it is to go on with.
@@ -114,17 +164,13 @@ def set_up(recipe: Recipe, process: Process) -> Training:
     file = default_file(process.device.type) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     ds_config = deepspeed_config(file, recipe, shape, precision)
     config = model_config(recipe, manifest)
-    good = checkpoints.good_checkpoints(recipe.folder)
-    if good and not recipe.resume:
-        raise ValueError(
-            f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
-        )
-    if good:
-        check_same_run(recipe)
 
     from infini_ds.training.engine import build_engine, connect
 
     connect(process)
+    newest = newest_checkpoint(recipe, process)
+    if newest and checkpoints.read_mark(newest)["step"] >= recipe.steps:
+        return None
     if process.is_first:
         describe_run(recipe)
     stream = TrainingStream(Path(recipe.data.path), shape.rank_rows, recipe.data.seed, recipe.data.workers)
@@ -133,32 +179,34 @@ def set_up(recipe: Recipe, process: Process) -> Training:
     engine = build_engine(model, recipe, ds_config, process.device)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     state = TrainState()
-    if good:
-        state, data_state = checkpoints.load(engine, good[-1])
+    if newest:
+        state, data_state = checkpoints.load(engine, newest)
         stream.load_state_dict(data_state)
-    sequence_length, resumed_from = manifest.sequence_length, good[-1] if good else None
-    return Training(recipe, process, shape, precision, sequence_length, engine, stream, validation, state, resumed_from)
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the run has already made all of its steps."""
-    good = checkpoints.good_checkpoints(recipe.folder)
-    if not recipe.resume or not good:
-        return False
-    check_same_run(recipe)
-    return checkpoints.read_mark(good[-1])["step"] >= recipe.steps
+    return Training(
+        recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest
+    )
 
 
 def check_same_run(recipe: Recipe) -> None:
-    """Raise a ValueError if the run's folder was begun with a recipe that makes other numbers."""
+    """Raise a ValueError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
     begun = _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
-    for key, value in _flatten(asdict(recipe)).items():
-        before = begun.get(key, value)
-        if key.split(".")[0] not in MAY_CHANGE and value != before:
+    now = _flatten(asdict(recipe))
+    for key in now | begun:
+        before, value = begun.get(key, "the default"), now.get(key, "the default")
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE) and value != before:
             raise ValueError(
                 f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
                 f"or give {key}={before} to go on with it"
             )
+    ours, theirs = (
+        json.loads(file.read_text()) | {"created": None, "seconds": None, "versions": None}
+        for file in (recipe.folder / "data_manifest.json", Path(recipe.data.path) / "manifest.json")
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"data.path={recipe.data.path} has been made anew, with other content, since the run in {recipe.folder} "
+            "was begun: choose another name="
+        )
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
@@ -171,7 +219,9 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 def describe_run(recipe: Recipe) -> None:
     """Write into the run's folder what it is: its recipe, and the data's tokenizer and manifest."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(recipe), recipe.folder / "recipe.yaml")
+    partial = recipe.folder / "recipe.yaml.partial"
+    OmegaConf.save(OmegaConf.structured(recipe), partial)
+    os.replace(partial, recipe.folder / "recipe.yaml")
     data = Path(recipe.data.path)
     shutil.copy(data / "manifest.json", recipe.folder / "data_manifest.json")
     shutil.copytree(data / "tokenizer", recipe.folder / "tokenizer", dirs_exist_ok=True)
