@@ -32,6 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.source is None) == (args.from_gpt_neo is None):
         raise ValueError("give either a run (or checkpoint), or --from-gpt-neo FOLDER")
+    if args.segment_length < 1:
+        raise ValueError(f"--segment-length {args.segment_length} must be at least 1")
     if args.from_gpt_neo:
         from_gpt_neo(args.from_gpt_neo, args.out, args.segment_length, args.gates)
     else:

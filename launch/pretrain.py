@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
-    recipe = load_recipe(args.config, args.overrides)
     process = identify()
+    recipe = load_recipe(args.config, args.overrides)
     share_threads(process)
     training = set_up(recipe, process)
     if training:

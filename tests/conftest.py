@@ -90,26 +90,26 @@ def call_script(script: str, *arguments, code: int = 0) -> SimpleNamespace:
 
 
 # A model that trains in seconds, in segments of 32 tokens of rows of 256 tokens.
-TINY = [
-    *("batch.rows=4", "batch.micro_rows=2", "steps=20", "log_every=1", "validation.every=0", "checkpoint.every=8"),
+SHAPE = [
     *(
         "model.segment_length=32",
         "model.config.hidden_size=32",
         "model.config.num_layers=2",
         "model.config.num_heads=2",
     ),
-    *(
-        "model.config.window_size=16",
-        "optimizer.learning_rate=0.005",
-        "schedule.kind=cosine",
-        "schedule.warmup_steps=4",
-    ),
+    "model.config.window_size=16",
 ]
+STEPS = [
+    *("batch.rows=4", "batch.micro_rows=2", "steps=20", "log_every=1", "validation.every=0", "checkpoint.every=8"),
+    *("optimizer.learning_rate=0.005", "schedule.kind=cosine", "schedule.warmup_steps=4"),
+]
+TINY = SHAPE + STEPS
 
 
-def pretrain(shards: Path, output: Path, name: str, *overrides: str) -> None:
+def pretrain(shards: Path, output: Path, name: str, *overrides: str, shape: list[str] = SHAPE) -> None:
     """Train a tiny model in this process, as launch/pretrain.py does."""
-    recipe = load_recipe(None, [f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides])
+    where = [f"data.path={shards}", f"output={output}", f"name={name}"]
+    recipe = load_recipe(None, [*where, *shape, *STEPS, *overrides])
     training = set_up(recipe, identify())
     assert training is not None, "the run is finished"
     train(training)

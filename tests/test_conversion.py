@@ -121,7 +121,7 @@ def test_gpt_neo_becomes_infini_gpt_neo_and_trains_on(gates, beta, gpt_neo, shar
     theirs = GPTNeoForCausalLM.from_pretrained(gpt_neo).eval()
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-5)  # one segment
-    pretrain(shards, tmp_path, "tuned", f"model.start_from={out}", "steps=6", "validation.every=6")
+    pretrain(shards, tmp_path, "tuned", "steps=6", "validation.every=6", shape=[f"model.start_from={out}"])
     lines = read_metrics(tmp_path / "tuned")
     before, after = (line["validation/loss"] for line in lines if "validation/loss" in line)
     assert after < before

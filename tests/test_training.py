@@ -9,8 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call_script, environment, launch_pretrain, pretrain
+from conftest import ROOT, TINY, call_script, environment, launch_pretrain, pretrain, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from data_prep.manifest import load_manifest
 from infini_ds.conversion.locate import load_model, locate
@@ -27,6 +28,13 @@ from infini_ds.training.validation import position_losses
 
 def losses(run) -> list[float]:
     return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+def wait_for_steps(process: subprocess.Popen, run, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(losses(run)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def largest_difference(a, b) -> float:
@@ -75,11 +83,33 @@ def test_two_ranks_of_zero2_give_the_losses_of_one(runs):
     assert largest_difference(*validated) < 1e-4
 
 
-def test_blocks_and_checkpointing_change_nothing(runs, shards, tmp_path):
-    """A submodule used many times a step, recomputed, under ZeRO-2 on two ranks: where sharded gradients went wrong."""
-    blocks = ["model.segments_per_block=1", "model.gradient_checkpointing=true"]
-    launch_pretrain(shards, tmp_path, "blocks", *blocks, ranks=2)
-    assert largest_difference(losses(tmp_path / "blocks"), losses(runs / "one")) < 1e-4
+@pytest.fixture(scope="module")
+def uneven(shards, corpus, tmp_path_factory):
+    """Four rows, the last of which is mostly padding: rows and micro-batches with unequal numbers of tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(shards / "tokenizer")
+    text = (corpus / "argparse.txt").read_text()
+    ids = tokenizer(text)["input_ids"][: 3 * 256 + 40]
+    folder = tmp_path_factory.mktemp("uneven")
+    for split, content in (("train", tokenizer.decode(ids)), ("valid", text[-2000:])):
+        (folder / split).mkdir()
+        (folder / split / "text.txt").write_text(content)
+    sources = ["--source", f"text:{folder / 'train'}", "--validation-source", f"text:{folder / 'valid'}"]
+    options = ["--tokenizer", shards / "tokenizer", "--sequence-length", "256", "--workers", "1"]
+    run_script("-m", "data_prep", *sources, "--out", folder / "shards", *options)
+    assert load_manifest(folder / "shards").train.rows == 4
+    return folder / "shards"
+
+
+def test_no_division_of_the_work_changes_the_losses(uneven, tmp_path):
+    """One rank and all at once; micro-batches; and two ranks of ZeRO-2 with a segment at a time, recomputed: submodules
+    that are used many times a step and unequal numbers of tokens, where sharded gradients and means went wrong.
+    """
+    pretrain(uneven, tmp_path, "whole", "batch.micro_rows=4")
+    pretrain(uneven, tmp_path, "parts", "batch.micro_rows=1")
+    blocks = ["batch.micro_rows=1", "model.segments_per_block=1", "model.gradient_checkpointing=true"]
+    launch_pretrain(uneven, tmp_path, "blocks", *blocks, ranks=2)
+    assert largest_difference(losses(tmp_path / "parts"), losses(tmp_path / "whole")) < 1e-5
+    assert largest_difference(losses(tmp_path / "blocks"), losses(tmp_path / "whole")) < 1e-5
 
 
 def test_killed_and_resumed_equals_never_stopped(runs, shards, tmp_path, capsys):
@@ -87,12 +117,11 @@ def test_killed_and_resumed_equals_never_stopped(runs, shards, tmp_path, capsys)
     command = [sys.executable, "launch/pretrain.py", f"data.path={shards}", f"output={tmp_path}", "name=killed", *TINY]
     one_core = partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})  # one thread, as in this process
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, preexec_fn=one_core)
-    deadline = time.monotonic() + 120
-    while len(losses(tmp_path / "killed")) < 11:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        wait_for_steps(process, tmp_path / "killed", 10)
+    finally:
+        process.kill()
+        process.wait()
     assert [folder.name for folder in good_checkpoints(tmp_path / "killed")] == ["step-000008"]
     assert len(losses(tmp_path / "killed")) < 20
 
@@ -119,7 +148,7 @@ def test_half_written_checkpoint_is_passed_over(shards, tmp_path, capsys):
 
 def test_finished_run_says_so(runs, shards):
     arguments = [f"data.path={shards}", f"output={runs}", "name=one", *TINY, "validation.every=10"]
-    assert "nothing to do" in call_script("launch/pretrain.py", *arguments).stdout
+    assert "nothing to do" in run_script("launch/pretrain.py", *arguments).stdout
 
 
 @pytest.mark.parametrize(
@@ -137,6 +166,7 @@ def test_finished_run_says_so(runs, shards):
         ("new", ["model.config.num_heads=5"], ["hidden_size=32", "num_heads=5"]),
         ("new", ["model.config.vocab_size=100"], ["100 embeddings", "512", "--tokenizer"]),
         ("new", ["model.start_from=/nowhere"], ["model.start_from=/nowhere"]),
+        ("new", ["model.segment_length=0"], ["segment_length=0"]),
         ("new", ["data.path=/nowhere"], ["/nowhere", "python -m data_prep"]),
     ],
 )
@@ -189,18 +219,19 @@ def test_metrics_hold_what_is_promised(runs):
     assert "gate" in tags["histograms"]
 
 
-def test_epochs_follow_each_other_and_resume_anywhere(shards):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_follow_each_other_and_resume_anywhere(workers, shards):
     """The stream goes on through epochs; stopped after any batch, also the last of an epoch, it goes on the same."""
     rows = 16
-    whole = TrainingStream(shards, rows, 3, 0)
+    whole = TrainingStream(shards, rows, 3, workers)
     per_epoch = whole.dataset.num_samples // rows
     batches = [batch["input_ids"] for _, batch in zip(range(2 * per_epoch + 2), whole, strict=False)]
     for stop in (1, per_epoch - 1, per_epoch, per_epoch + 1):
-        first = TrainingStream(shards, rows, 3, 0)
+        first = TrainingStream(shards, rows, 3, workers)
         for _ in zip(range(stop), first, strict=False):
             pass
         state = first.state_dict()
-        second = TrainingStream(shards, rows, 3, 0)
+        second = TrainingStream(shards, rows, 3, workers)
         second.load_state_dict(state)
         for expected, batch in zip(batches[stop : stop + 3], second, strict=False):
             assert torch.equal(expected, batch["input_ids"]), stop
@@ -208,13 +239,22 @@ def test_epochs_follow_each_other_and_resume_anywhere(shards):
 
 def test_keyboard_interrupt_shows_no_stack(shards, tmp_path):
     command = [sys.executable, "launch/pretrain.py", f"data.path={shards}", f"output={tmp_path}", *TINY, "steps=100000"]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start with it ignored
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        preexec_fn=heard,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    while not losses(tmp_path / "run"):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        wait_for_steps(process, tmp_path / "run", 1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in error
 

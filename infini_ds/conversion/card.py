@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-inputs = tokenizer("Once", return_tensors="pt")
+inputs = tokenizer(tokenizer.bos_token + "import", return_tensors="pt")  # the token that every document begins with
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 

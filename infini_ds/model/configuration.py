@@ -14,7 +14,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     Args:
         segment_length: tokens in a segment (S): local attention reaches back to the start of its segment, the memory
             holds all earlier segments.
-        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 8).
+        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 4).
         segments_per_block: segments that are computed at once, an integer, or None for all of the sequence. With
             gradient checkpointing, activations are kept for one block only. Never changes the result.
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":

@@ -84,7 +84,7 @@ def retrieve(q: Tensor, memory: MemoryState) -> Tensor:
 
 
 def blend(local: Tensor, retrieved: Tensor, beta: Tensor, read: Tensor) -> Tensor:
-    """g A_mem + (1 - g) A_local with g = sigmoid(beta), eq. (5); local attention alone where there is nothing to read.
+    """g A_mem + (1 - g) A_local with g = sigmoid(beta), eq. (6); local attention alone where there is nothing to read.
 
     Args:
         local, retrieved: (B, N, H, S, D); beta: (H,) one gate a head.

@@ -60,17 +60,21 @@ def save(engine, run: Path, state: TrainState, data_state: dict, keep_last: int)
     return folder
 
 
-def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:
-    """Put the engine and the random states back; returns where the run stood and the state of its data."""
+def read_state(checkpoint: Path) -> TrainState:
     mark = read_mark(checkpoint)
+    return TrainState(mark["step"], mark["tokens"])
+
+
+def load(engine, checkpoint: Path) -> dict:
+    """Put the engine and the random states back; returns the state of the data."""
     _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     states = torch.load(checkpoint / f"random-states-{dist.get_rank()}.pt", weights_only=False)
     _restore_random_states(states)
     # DeepSpeed restores the learning rates too: those of the schedule that was, if the recipe's has changed.
     schedule = engine.lr_scheduler
     for group, peak, of_step in zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = peak * of_step(mark["step"])
-    return TrainState(mark["step"], mark["tokens"]), client_state["data"]
+        group["lr"] = peak * of_step(schedule.last_epoch)
+    return client_state["data"]
 
 
 def check_ranks(checkpoint: Path, world_size: int) -> None:

@@ -18,11 +18,12 @@ class ModelRecipe:
 
     preset: str = "tiny"
     start_from: str | None = None  # folder of an Infini-GPT-Neo, e.g. from launch/convert.py; its shape is taken
-    segment_length: int = 128
     segments_per_block: int | None = None  # None: the whole sequence at once
-    memory_rule: str = "linear"
-    position_embedding: str = "segment"
-    gate_init: float = 0.0
+    # None: as InfiniGPTNeoConfig has it, or the folder in start_from
+    segment_length: int | None = None
+    memory_rule: str | None = None
+    position_embedding: str | None = None
+    gate_init: float | None = None
     gradient_checkpointing: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # any other field, e.g. model.config.hidden_size=256
 
@@ -122,8 +123,13 @@ def load_recipe(path: str | Path | None, overrides: list[str] = ()) -> Recipe:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r} is not of the form key=value, such as steps=100")
-    layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    try:
+        layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    except Exception as error:  # yaml's own errors are of many kinds
+        raise ValueError(f"{' '.join(overrides)} cannot be read as key=value: {error}".replace("\n", " ")) from error
     for origin, layer in layers:
+        if not OmegaConf.is_dict(layer):
+            raise ValueError(f"{origin} holds a list, not keys and values")
         _check_keys(layer, schema, origin)
         try:
             schema = OmegaConf.merge(schema, layer)
@@ -193,7 +199,6 @@ def check(recipe: Recipe) -> None:
         ("validation.rows", recipe.validation.rows),
         ("checkpoint.every", recipe.checkpoint.every),
         ("checkpoint.keep_last", recipe.checkpoint.keep_last),
-        ("model.segment_length", recipe.model.segment_length),
     ):
         at_least(key, value, 1)
     for key, value in (

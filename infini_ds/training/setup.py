@@ -65,6 +65,8 @@ def model_config(recipe: Recipe, manifest) -> InfiniGPTNeoConfig:
         ValueError: unknown preset or field, an impossible value, or fewer embeddings than the data has tokens.
     """
     chosen = recipe.model
+    fields = ("segment_length", "memory_rule", "position_embedding", "gate_init")
+    given = {name: getattr(chosen, name) for name in fields if getattr(chosen, name) is not None}
     if chosen.start_from is not None:
         check_start(Path(chosen.start_from), Path(recipe.data.path))
         if chosen.config:
@@ -72,7 +74,13 @@ def model_config(recipe: Recipe, manifest) -> InfiniGPTNeoConfig:
                 f"model.config.{next(iter(chosen.config))} is given, but the shape is that of model.start_from="
                 f"{chosen.start_from}: leave out one of the two"
             )
-        config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from)
+        for key in ("gate_init", "position_embedding"):
+            if getattr(chosen, key) is not None:
+                raise ValueError(
+                    f"model.{key}={getattr(chosen, key)} is decided by the weights of model.start_from="
+                    f"{chosen.start_from}: leave it out"
+                )
+        config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from, **given)
         config.segments_per_block = chosen.segments_per_block
     else:
         known = set(InfiniGPTNeoConfig().to_dict()) | {"attention_types"}
@@ -83,11 +91,8 @@ def model_config(recipe: Recipe, manifest) -> InfiniGPTNeoConfig:
         data = manifest.tokenizer
         tokens = {"vocab_size": data.vocab_size, "bos_token_id": data.start_id, "pad_token_id": data.pad_id}
         tokens["eos_token_id"] = data.start_id  # a document ends where the next one starts
-        fields = {
-            name: getattr(chosen, name)
-            for name in ("segment_length", "segments_per_block", "memory_rule", "position_embedding", "gate_init")
-        }
-        config = preset_config(chosen.preset, **(tokens | fields | chosen.config))
+        given["segments_per_block"] = chosen.segments_per_block
+        config = preset_config(chosen.preset, **(tokens | given | chosen.config))
     if config.vocab_size < manifest.tokenizer.vocab_size:
         raise ValueError(
             f"the model has {config.vocab_size} embeddings and data.path={recipe.data.path} has "
@@ -133,8 +138,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def newest_checkpoint(recipe: Recipe, process: Process) -> Path | None:
-    """The checkpoint that the run goes on from, as the first rank sees it: a shared file system may show others less.
+def newest_checkpoint(recipe: Recipe, process: Process) -> tuple[Path | None, TrainState]:
+    """The checkpoint to go on from and where it stands, as the first rank sees it: a shared file system may show others
+    less.
 
     Raises:
         ValueError: there is one, but the recipe asks for a new run, makes other numbers, or has other ranks.
@@ -147,7 +153,7 @@ def newest_checkpoint(recipe: Recipe, process: Process) -> Path | None:
     if good:
         check_same_run(recipe)
         checkpoints.check_ranks(good[-1], process.world_size)
-    choice = [good[-1] if good else None]
+    choice = [(good[-1], checkpoints.read_state(good[-1])) if good else (None, TrainState())]
     dist.broadcast_object_list(choice)
     return choice[0]
 
@@ -168,8 +174,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     from infini_ds.training.engine import build_engine, connect
 
     connect(process)
-    newest = newest_checkpoint(recipe, process)
-    if newest and checkpoints.read_mark(newest)["step"] >= recipe.steps:
+    newest, state = newest_checkpoint(recipe, process)
+    if state.step >= recipe.steps:
         return None
     if process.is_first:
         describe_run(recipe)
@@ -178,10 +184,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     model = build_model(recipe, config)
     engine = build_engine(model, recipe, ds_config, process.device)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
-    state = TrainState()
     if newest:
-        state, data_state = checkpoints.load(engine, newest)
-        stream.load_state_dict(data_state)
+        stream.load_state_dict(checkpoints.load(engine, newest))
     return Training(
         recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest
     )
