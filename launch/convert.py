@@ -24,26 +24,34 @@ def main() -> None:
     parser.add_argument("--from-gpt-neo", metavar="FOLDER", help="folder or hub name of a GPT-Neo model")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--max-shard-size", default="2GB", help="of one safetensors file (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    parser.add_argument("--segment-length", type=int, default=128, help="with --from-gpt-neo (default: %(default)s)")
-    parser.add_argument("--gates", choices=GATES, default="closed", help="with --from-gpt-neo (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: float32)")
+    parser.add_argument("--segment-length", type=int, help="with --from-gpt-neo (default: 128)")
+    parser.add_argument("--gates", choices=GATES, help="with --from-gpt-neo (default: closed)")
     parser.add_argument("--push-to-hub", metavar="NAME", help="also upload the folder, as user/model")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub")
     args = parser.parse_args()
     if (args.source is None) == (args.from_gpt_neo is None):
         raise ValueError("give either a run (or checkpoint), or --from-gpt-neo FOLDER")
-    if args.segment_length < 1:
-        raise ValueError(f"--segment-length {args.segment_length} must be at least 1")
     if args.from_gpt_neo:
-        from_gpt_neo(args.from_gpt_neo, args.out, args.segment_length, args.gates)
+        refuse(args, "dtype", "without --from-gpt-neo")
+        length = 128 if args.segment_length is None else args.segment_length
+        from_gpt_neo(args.from_gpt_neo, args.out, length, args.gates or "closed", args.max_shard_size)
     else:
+        refuse(args, "segment_length", "with --from-gpt-neo")
+        refuse(args, "gates", "with --from-gpt-neo")
         source = locate(args.source)
         if source.checkpoint is None:
             raise ValueError(f"{args.source} is already in Hugging Face format")
-        export(source, args.out, args.max_shard_size, getattr(torch, args.dtype))
+        export(source, args.out, args.max_shard_size, getattr(torch, args.dtype or "float32"))
     print(f"written: {args.out}")
     if args.push_to_hub:
         print(f"uploaded: {push_to_hub(args.out, args.push_to_hub, args.private)}")
+
+
+def refuse(args: argparse.Namespace, name: str, where: str) -> None:
+    value = getattr(args, name)
+    if value is not None:
+        raise ValueError(f"--{name.replace('_', '-')} {value} has a meaning only {where}")
 
 
 if __name__ == "__main__":

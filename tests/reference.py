@@ -130,11 +130,15 @@ def _attention(
         memory.z = [torch.zeros_like(z) for z in memory.z]
         memory.document = last
     for h in range(H):
-        for i in range(len(x)):
-            if documents[i] == last:
-                phi_k = _phi(heads_of["k"][h][i])
-                memory.M[h] = memory.M[h] + torch.outer(phi_k, heads_of["v"][h][i])
-                memory.z[h] = memory.z[h] + phi_k
+        written = [(_phi(heads_of["k"][h][i]), heads_of["v"][h][i]) for i in range(len(x)) if documents[i] == last]
+        before, z_before = memory.M[h], memory.z[h]
+        for phi_k, _ in written:
+            memory.z[h] = memory.z[h] + phi_k
+        norm = {"linear": None, "delta": memory.z[h], "delta_paper": z_before}[config.memory_rule]
+        for phi_k, v in written:
+            if norm is not None and phi_k @ norm > 0:
+                v = v - phi_k @ before / (phi_k @ norm)
+            memory.M[h] = memory.M[h] + torch.outer(phi_k, v)
 
     joined = [torch.cat([out[h][i] for h in range(H)]) for i in range(len(x))]
     return [w["attn.attention.out_proj.weight"] @ token + w["attn.attention.out_proj.bias"] for token in joined]

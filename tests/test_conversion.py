@@ -137,6 +137,7 @@ def test_mistakes_get_a_sentence(runs, tmp_path):
         ([tmp_path], "neither an exported folder"),
         (["--from-gpt-neo", tmp_path], "--from-gpt-neo"),
         ([runs / "one", "--from-gpt-neo", "x"], "either"),
+        ([runs / "one", "--gates", "zero"], "--gates zero has a meaning only with --from-gpt-neo"),
     ):
         done = call_script("launch/convert.py", *arguments, "--out", tmp_path / "out", code=2)
         assert words in done.stderr and "Traceback" not in done.stderr, done.stderr

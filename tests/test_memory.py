@@ -1,5 +1,7 @@
 """The memory's and the grid's functions alone, against loops."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from torch.testing import assert_close
 
 from infini_ds.model.local_attention import local_attention, rotary_angles, rotate
 from infini_ds.model.loss import CHUNK, IGNORED, summed_loss, token_losses
-from infini_ds.model.memory import MemoryState, accumulate, blend, feature_map, retrieve, summarize
+from infini_ds.model.memory import MemoryState, accumulate, blend, feature_map, retrieve, summarize, update
 from infini_ds.model.segments import EMPTY, lay_out, lay_out_after
 
 many = settings(deadline=None, max_examples=60, derandomize=True)
@@ -81,6 +83,48 @@ def test_accumulate_keeps_documents_apart_to_the_last_bit():
     after = accumulate(MemoryState(*(1e6 * x for x in start)), changed, held)
     for x, y in zip(before, after, strict=True):
         assert torch.equal(x[:, 2:5], y[:, 2:5])
+
+
+RAGGED = [[1, 128, 128], [8, 128, 128], [128, 128, 128], [128, 3, 128], [1, 1, 128]]
+
+
+@pytest.mark.parametrize("lengths", RAGGED)
+def test_the_delta_rule_never_amplifies(lengths):
+    """A memory that nothing is added to (v = 0) does not grow, whatever the lengths of the segments before."""
+    norms = delta_norms(lengths, "delta")
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(norms[1:]))
+
+
+def test_the_papers_delta_rule_blows_up_after_a_short_segment():
+    """What the bounded form is for: one token first, then segments of 128."""
+    _, first, second, _ = delta_norms([1, 128, 128], "delta_paper")
+    assert second > 100 * first
+    _, first, second, _ = delta_norms([128, 128, 128], "delta_paper")
+    assert second < first
+
+
+def delta_norms(lengths: list[int], rule: str) -> list[float]:
+    """Norms of M before each of three segments and after the last; only the first one has values to write."""
+    torch.manual_seed(0)
+    k, v = random(1, len(lengths), 2, 128, 64), random(1, len(lengths), 2, 128, 64)
+    v[:, 1:] = 0
+    write = torch.arange(128) < torch.tensor(lengths)[None, :, None]
+    state = MemoryState.empty(1, 2, 64, torch.float64)
+    return update(rule, state, k, v, write).M.flatten(2).norm(dim=-1)[0].tolist()
+
+
+@pytest.mark.parametrize("rule", ["delta", "delta_paper"])
+def test_the_delta_rule_replaces_what_a_key_returned(rule):
+    """With one key alone in the memory, writing another value for it gives that value back (paper, section 2.2.2)."""
+    k, v = random(1, 3, 1, 1, 8), random(1, 3, 1, 1, 8)
+    k[:] = k[:, :1]
+    memory = update(rule, MemoryState.empty(1, 1, 8, torch.float64), k, v)
+    phi = feature_map(k[0, 0, 0, 0])
+    value = phi @ memory.M[0, :, 0] / (phi @ phi)  # what M holds for the key: (N + 1, D)
+    if rule == "delta_paper":  # after the second write the first value is gone
+        torch.testing.assert_close(value[2], v[0, 1, 0, 0])
+    else:  # z counts two writes, so half of the first is taken off
+        torch.testing.assert_close(value[2], v[0, 1, 0, 0] + v[0, 0, 0, 0] / 2)
 
 
 def test_retrieve_is_a_weighted_average():

@@ -43,6 +43,7 @@ def batches(draw, max_segments: int = 4):
         segment_length=S,
         segments_per_block=draw(st.sampled_from([None, 1, 2, 3])),
         position_embedding=draw(st.sampled_from(["segment", "rotary"])),
+        memory_rule=draw(st.sampled_from(["linear", "delta", "delta_paper"])),
         window_size=draw(st.integers(1, 7)),
         num_layers=len(kinds),
         attention_types=[[kinds, 1]],

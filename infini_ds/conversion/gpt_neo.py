@@ -14,7 +14,7 @@ from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 GATES = {"closed": -4.0, "zero": 0.0}  # sigmoid: 2% of the memory, or half of it
 
 
-def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str) -> None:
+def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shard_size: str = "2GB") -> None:
     """Write a folder that `model.start_from=` of a recipe can go on training.
 
     Args:
@@ -38,6 +38,6 @@ def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str) -> None:
     model = InfiniGPTNeoForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     logging.set_verbosity(verbosity)
     origin = f"Made from `{name}` by adding a memory to each layer; its gates start {gates}, not yet trained."
-    write_folder(model, None, out, fill_card(out.name, config, origin))
+    write_folder(model, None, out, fill_card(out.name, config, origin), max_shard_size)
     with contextlib.suppress(OSError, ValueError, TypeError):  # a folder of weights alone has no tokenizer
         AutoTokenizer.from_pretrained(name).save_pretrained(out)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.training import checkpoints
@@ -55,6 +56,7 @@ def locate(path: str | Path) -> Source:
 
 def load_model(source: Source) -> InfiniGPTNeoForCausalLM:
     """The model in fp32, ready for evaluation."""
+    disable_progress_bar()
     if source.checkpoint is None:
         return InfiniGPTNeoForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
     from infini_ds.conversion.zero import full_weights

@@ -4,7 +4,7 @@ import inspect
 
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
-MEMORY_RULES = ("linear",)
+MEMORY_RULES = ("linear", "delta", "delta_paper")
 POSITION_EMBEDDINGS = ("segment", "rotary")
 
 
@@ -14,7 +14,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     Args:
         segment_length: tokens in a segment (S): local attention reaches back to the start of its segment, the memory
             holds all earlier segments.
-        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 4).
+        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 4), "delta" (eq. 5,
+            normalized so that it stays bounded whatever the lengths of segments) or "delta_paper" (eq. 5 as published).
         segments_per_block: segments that are computed at once, an integer, or None for all of the sequence. With
             gradient checkpointing, activations are kept for one block only. Never changes the result.
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":

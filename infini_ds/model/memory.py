@@ -42,10 +42,34 @@ def summarize(k: Tensor, v: Tensor, write: Tensor | None = None) -> MemoryState:
     Returns:
         M (B, N, H, D, D) and z (B, N, H, D).
     """
-    phi_k = feature_map(k)
-    if write is not None:
-        phi_k = phi_k * write[:, :, None, :, None]
+    phi_k = _written_features(k, write)
     return MemoryState(phi_k.transpose(-1, -2) @ v.to(phi_k.dtype), phi_k.sum(-2))
+
+
+def _written_features(k: Tensor, write: Tensor | None) -> Tensor:
+    """phi(K), 0 for tokens that do not write: (B, N, H, S, D)."""
+    phi_k = feature_map(k)
+    return phi_k if write is None else phi_k * write[:, :, None, :, None]
+
+
+def update(
+    rule: str,
+    state: MemoryState,
+    k: Tensor,
+    v: Tensor,
+    write: Tensor | None = None,
+    document_held: Tensor | None = None,
+) -> MemoryState:
+    """The memory before each of N segments and after the last: M (B, N + 1, H, D, D), z (B, N + 1, H, D).
+
+    Args:
+        rule: "linear", "delta" or "delta_paper", see `accumulate` and `correct`.
+        state: the memory before the first segment; k, v and write: as for `summarize`; document_held: for `accumulate`.
+    """
+    segments = summarize(k, v, write)
+    if rule == "linear":
+        return accumulate(state, segments, document_held)
+    return correct(state, segments, _written_features(k, write), document_held, bounded=rule == "delta")
 
 
 def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor | None = None) -> MemoryState:
@@ -68,6 +92,36 @@ def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor 
     part = document_held[:, :, None] == document_held[:, None, :]
     part = part.tril().to(terms[0].dtype)  # (B, N + 1, N + 1)
     return MemoryState(*((part @ term.flatten(2)).view(-1, N, *term.shape[2:]) for term in terms))
+
+
+def correct(
+    state: MemoryState, segments: MemoryState, phi_k: Tensor, document_held: Tensor | None, bounded: bool
+) -> MemoryState:
+    """The delta rule (eq. 5): what the memory already returns for a key is taken off before its value is written.
+
+    M_s = M_{s-1} + phi(K)^T (V - phi(K) M_{s-1} / n) = (I - A_s) M_{s-1} + dM_s, A_s = phi(K)^T diag(1 / n) phi(K).
+    All A_s are computed at once; what is left to do one after the other is N products of D x D.
+
+    The paper normalizes with n = phi(K) z_{s-1}. Then A_s z_{s-1} = dz_s, so a short segment before a long one (ragged
+    or packed rows) makes I - A_s amplify, the more the shorter it was. `bounded` takes n = phi(K) z_s: A_s is
+    symmetric, not negative, and A_s z_s = dz_s <= z_s, so its eigenvalues lie in [0, 1] (Collatz-Wielandt).
+
+    Args:
+        state, segments, document_held: as for `accumulate`.
+        phi_k: (B, N, H, S, D), 0 for tokens that do not write.
+    Returns:
+        As `accumulate`.
+    """
+    z = accumulate(state, segments, document_held).z
+    n = phi_k @ (z[:, 1:] if bounded else z[:, :-1]).unsqueeze(-1)  # (B, N, H, S, 1)
+    A = phi_k.transpose(-1, -2) @ (phi_k / n.masked_fill(n == 0, 1))  # n is 0 where there is nothing to correct
+    memories = [state.M.to(z.dtype)]
+    for s in range(phi_k.shape[1]):
+        before = memories[-1]
+        if document_held is not None:
+            before = before * (document_held[:, s] == document_held[:, s + 1])[:, None, None, None]
+        memories.append(before - A[:, s] @ before + segments.M[:, s])
+    return MemoryState(torch.stack(memories, dim=1), z)
 
 
 def retrieve(q: Tensor, memory: MemoryState) -> Tensor:

@@ -22,7 +22,7 @@ from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
 from .local_attention import local_attention, rotary_angles, rotate
 from .loss import IGNORED, summed_loss, token_losses
-from .memory import MemoryState, accumulate, blend, retrieve, summarize
+from .memory import MemoryState, blend, retrieve, update
 from .segments import SegmentGrid, lay_out, lay_out_after
 
 
@@ -84,7 +84,7 @@ class InfiniAttention(nn.Module):
 
         # Outside of autocast: the memory keeps fp32 whatever the precision of the layer.
         with torch.autocast(hidden.device.type, enabled=False):
-            memory = accumulate(state, summarize(k, v, grid.write), grid.held)
+            memory = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
             before = MemoryState(memory.M[:, :-1], memory.z[:, :-1])
             # Cloned: a view would keep the states of all of the block's segments for as long as this one is kept.
             state = MemoryState(memory.M[:, -1].clone(), memory.z[:, -1].clone())

@@ -34,6 +34,8 @@ def training_flops_per_token(config: InfiniGPTNeoConfig) -> float:
     windows = [config.window_size if kind == "local" else S for kind in config.attention_layers]
     attended = sum(2 * E * min(S, 2 * window) / 2 for window in windows)
     memory = config.num_layers * 2 * E * D
+    if config.memory_rule != "linear":  # the correction: a D by D matrix a segment, and its product with the memory
+        memory += config.num_layers * E * D * (1 + D / S)
     return 6.0 * (matrices + attended + memory)
 
 
