@@ -189,8 +189,9 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 def next_commands(report: Report) -> list[str]:
     model, run, runs = (shlex.quote(str(path)) for path in (report.model, report.run, report.run.parent))
+    prompt = shlex.quote(" ".join(report.prompt.split()[:4]))
     return [
-        f"python launch/generate.py {model} --prompt 'import os'",
+        f"python launch/generate.py {model} --prompt {prompt}",
         f"tensorboard --logdir {runs}",
         f"deepspeed launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
     ]
