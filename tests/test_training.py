@@ -146,6 +146,16 @@ def test_half_written_checkpoint_is_passed_over(shards, tmp_path, capsys):
     assert good_checkpoints(tmp_path / "half")[-1].name == "step-000012"
 
 
+def test_bf16_with_the_json_of_gpus_follows_fp32(runs, shards, tmp_path):
+    """bf16 with fp32 gradients, blocks and recomputing, on ds_configs/zero2.json, as far as a CPU can show it."""
+    choices = ["precision=bf16", f"deepspeed={ROOT / 'ds_configs' / 'zero2.json'}"]
+    blocks = ["model.segments_per_block=2", "model.gradient_checkpointing=true"]
+    pretrain(shards, tmp_path, "bf16", *choices, *blocks)
+    assert largest_difference(losses(tmp_path / "bf16"), losses(runs / "one")) < 0.02
+    model = load_model(locate(tmp_path / "bf16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # the master copies
+
+
 def test_a_run_without_finite_gradients_stops_and_says_so(shards, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"the last 10 steps up to \d+ had no finite gradient: lower"):
         pretrain(shards, tmp_path, "diverged", "optimizer.learning_rate=1e30", "checkpoint.every=1")
