@@ -20,9 +20,9 @@ from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.training.checkpoints import good_checkpoints
 from infini_ds.training.engine import parameter_groups
 from infini_ds.training.metrics import read_metrics
+from infini_ds.training.model import build_model, model_config
 from infini_ds.training.recipe import load_recipe
 from infini_ds.training.schedule import factor, gate_factor
-from infini_ds.training.setup import build_model, model_config
 from infini_ds.training.validation import position_losses
 
 
