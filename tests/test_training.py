@@ -156,6 +156,19 @@ def test_bf16_with_the_json_of_gpus_follows_fp32(runs, shards, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # the master copies
 
 
+def test_full_disk_gets_a_sentence(shards, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", full], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(ValueError, match=r"checkpoint of step 8 could not be written .* MiB are free: make room"):
+            pretrain(shards, full, "run")
+        assert not good_checkpoints(full / "run")
+    finally:
+        subprocess.run(["umount", "--lazy", full], check=True)
+
+
 def test_a_run_without_finite_gradients_stops_and_says_so(shards, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"the last 10 steps up to \d+ had no finite gradient: lower"):
         pretrain(shards, tmp_path, "diverged", "optimizer.learning_rate=1e30", "checkpoint.every=1")

@@ -29,6 +29,7 @@ class TrainingStream:
     """
 
     def __init__(self, folder: Path, rows: int, seed: int, workers: int):
+        self.folder = folder
         self.dataset = _open(
             folder,
             "train",
@@ -57,7 +58,13 @@ class TrainingStream:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:  # an epoch each; one that was resumed at its very end is empty
-            yield from self.loader
+            try:
+                yield from self.loader
+            except (ValueError, RuntimeError) as error:  # the latter if a thread of streaming met the shard first
+                reason = str(error).strip().splitlines()[-1]
+                raise ValueError(
+                    f"a shard of {self.folder} cannot be read ({reason}): prepare the data anew, with --force"
+                ) from error
 
     def state_dict(self) -> dict:
         return self.loader.state_dict()

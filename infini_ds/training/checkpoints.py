@@ -37,14 +37,27 @@ def read_mark(checkpoint: Path) -> dict:
 
 
 def save(engine, run: Path, state: TrainState, data_state: dict, keep_last: int) -> Path:
-    """Write the checkpoint of `state.step`, by all ranks together, and remove all but the last `keep_last`."""
+    """Write the checkpoint of `state.step`, by all ranks together, and remove all but the last `keep_last`.
+
+    Raises:
+        ValueError: it could not be written, for want of room or rights.
+    """
     folder = run / "checkpoints" / f"step-{state.step:06d}"
     rank = dist.get_rank()
     if rank == 0 and folder.exists():
         shutil.rmtree(folder)  # half written by a run that was killed
     dist.barrier()
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"data": data_state}, save_latest=False)
-    torch.save(_random_states(), folder / f"random-states-{rank}.pt")
+    try:
+        engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state={"data": data_state}, save_latest=False
+        )
+        torch.save(_random_states(), folder / f"random-states-{rank}.pt")
+    except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
+        free = shutil.disk_usage(run).free / 2**20
+        raise ValueError(
+            f"the checkpoint of step {state.step} could not be written to {folder}, where {free:,.0f} MiB are free: "
+            f"make room, or give another output=; the same command goes on from the checkpoint before ({error})"
+        ) from error
     dist.barrier()
     if rank == 0:
         engine.module.config.save_pretrained(folder)
