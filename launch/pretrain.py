@@ -2,7 +2,8 @@
 
 deepspeed launch/pretrain.py --config launch/recipes/tiny-cpu.yaml [key=value ...]
 
-Also under `torchrun`, `srun`, or by `python` as one process. Interrupted, the same command goes on.
+Also under `torchrun`, `srun`, or by `python` as one process. SIGTERM, SIGUSR1 and Ctrl-C stop it behind the step it is
+at, saved, with exit code 75: the same command goes on.
 """
 
 import argparse
@@ -10,6 +11,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from infini_ds.training.stopping import STOPPED_EARLY, Stop
+
+stop = Stop()
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take seconds
 
 from infini_ds.training.loop import train
 from infini_ds.training.processes import disconnect, identify, launch, share_threads
@@ -27,11 +34,12 @@ def main() -> None:
     recipe = load_recipe(args.config, args.overrides)
     share_threads(process)
     training = set_up(recipe, process)
-    if training:
-        train(training)
-    elif process.is_first:
+    finished = train(training, stop) if training else True
+    if not training and process.is_first:
         print(f"{recipe.folder} has made all of its {recipe.steps} steps: nothing to do; steps= above that goes on")
     disconnect()
+    if not finished:
+        sys.exit(STOPPED_EARLY)
 
 
 if __name__ == "__main__":

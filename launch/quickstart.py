@@ -15,15 +15,17 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from infini_ds.training.holding import run_held
 from infini_ds.training.processes import launch
 from infini_ds.training.recipe import load_recipe
+from infini_ds.training.stopping import STOPPED_EARLY
 
 DATA = "data/stdlib"
 SOURCE = ["--source", "stdlib", "--sequence-length", "2048", "--vocab-size", "4096"]
 
 
-def run(title: str, *command: str) -> None:
-    """Run one step as a command of its own; a step that fails has said why."""
+def run(title: str, *command: str, held: bool = False) -> None:
+    """Run one step as a command of its own; a step that fails has said why. `held`: see `run_held`."""
     print(f"\n=== {title}\n$ {' '.join(command)}", flush=True)
     started = time.monotonic()
     environment = os.environ | {
@@ -31,7 +33,9 @@ def run(title: str, *command: str) -> None:
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",  # else DeepSpeed warns that it found no GPU
     }
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = run_held(command, environment) if held else subprocess.run(command, env=environment, check=False).returncode
+    if code == STOPPED_EARLY:
+        sys.exit(code)  # it has said so
     if code:
         print(
             f"error: this step ended with exit code {code}; mend what it says and run the same command again",
@@ -53,8 +57,8 @@ def main() -> None:
     python = sys.executable
     if recipe.data.path == DATA:  # text of one's own is prepared with options of one's own
         run("text to shards", python, "-m", "data_prep", *SOURCE, "--out", DATA)
-    ranks = ["--num_gpus", str(gpus or 1), "--log_level", "error"]
-    run("training", "deepspeed", *ranks, "launch/pretrain.py", "--config", config, *args.overrides)
+    ranks = ["--num_gpus", str(gpus or 1), "--log_level", "critical"]  # ranks say themselves what is wrong
+    run("training", "deepspeed", *ranks, "launch/pretrain.py", "--config", config, *args.overrides, held=True)
     export = recipe.folder / "export"
     run("export to Hugging Face format", python, "launch/convert.py", str(recipe.folder), "--out", str(export))
     run("report", python, "launch/report.py", str(recipe.folder))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data_prep.mosaic import StreamingDataLoader, StreamingDataset
 from infini_ds.data.batches import collate
+from infini_ds.data.workers import end_with_rank_only
 
 
 def _open(folder: Path, split: str, **options) -> StreamingDataset:
@@ -50,6 +51,7 @@ class TrainingStream:
             batch_size=rows,
             collate_fn=collate,
             num_workers=workers,
+            worker_init_fn=end_with_rank_only,
             persistent_workers=workers > 0,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),

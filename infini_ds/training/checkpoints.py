@@ -24,6 +24,7 @@ class TrainState:
 
     step: int = 0
     tokens: int = 0
+    validated: int = -1  # the step of the last validation
 
 
 def good_checkpoints(run: Path) -> list[Path]:
@@ -75,7 +76,7 @@ def save(engine, run: Path, state: TrainState, data_state: dict, keep_last: int)
 
 def read_state(checkpoint: Path) -> TrainState:
     mark = read_mark(checkpoint)
-    return TrainState(mark["step"], mark["tokens"])
+    return TrainState(mark["step"], mark["tokens"], mark.get("validated", mark["step"]))
 
 
 def load(engine, checkpoint: Path) -> dict:

@@ -3,9 +3,11 @@
 import logging
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from infini_ds.training.processes import Process
 from infini_ds.training.recipe import OptimizerRecipe, Recipe
@@ -17,8 +19,11 @@ with warnings.catch_warnings():
     import deepspeed
 
 
-def connect(process: Process) -> None:
-    """Join the run's processes; before any streaming object is made, which waits for the others in its constructor."""
+def connect(process: Process, timeout_minutes: float) -> None:
+    """Join the run's processes; before any streaming object is made, which waits for the others in its constructor.
+
+    A collective operation fails once it has waited for another rank for `timeout_minutes`.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's to mend
     for name in ("DeepSpeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -27,7 +32,11 @@ def connect(process: Process) -> None:
     # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and
     # a compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
+    limit = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes groups of its own without a time limit, and torch takes these defaults for them.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    backend = "nccl" if process.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict]:

@@ -11,24 +11,27 @@ from infini_ds.training import checkpoints
 from infini_ds.training.metrics import Metrics, gates, memory_metrics
 from infini_ds.training.progress import ProgressBar
 from infini_ds.training.setup import Training
+from infini_ds.training.stopping import Stop
 from infini_ds.training.throughput import memory_in_use, peak_flops, training_flops_per_token
 from infini_ds.training.validation import position_losses
 
 SKIPPED_STEPS = 10  # in a row, without a finite gradient, before the run gives up
 
 
-def train(run: Training) -> None:
-    """Train from where the run stands to its last step."""
+def train(run: Training, stop: Stop | None = None) -> bool:
+    """Train from where the run stands to its last step, or until `stop`; returns whether the last step is made."""
+    stop = stop or Stop()
+    stop.at_work = True
     recipe, state, first = run.recipe, run.state, run.process.is_first
     metrics = Metrics(recipe.folder, state.step) if first else None
     meter = Meter(run)
     batches, skipped = iter(run.stream), 0
     with ProgressBar("training", recipe.steps, state.step, shown=first) as progress:
         announce(run, progress)
-        while state.step < recipe.steps:
-            if state.step == 0 and recipe.validation.every:
-                with meter.paused():
-                    validate(run, metrics, progress)
+        if validation_is_due(run):
+            with meter.paused():
+                validate(run, metrics, progress, stop)
+        while state.step < recipe.steps and not stop.agreed:
             rates = run.engine.get_lr()
             losses, memory = train_step(run, next(batches))
             state.step += 1
@@ -51,15 +54,20 @@ def train(run: Training) -> None:
             else:
                 progress.advance()
             with meter.paused():
-                if recipe.validation.every and (state.step % recipe.validation.every == 0 or last):
-                    validate(run, metrics, progress)
-                if state.step % recipe.checkpoint.every == 0 or last:
+                if not stop.agree(run.process.device) and validation_is_due(run):
+                    validate(run, metrics, progress, stop)
+                if state.step % recipe.checkpoint.every == 0 or last or stop.agreed:
                     folder = checkpoints.save(
                         run.engine, recipe.folder, state, run.stream.state_dict(), recipe.checkpoint.keep_last
                     )
                     progress.say(f"step {state.step}: checkpoint in {folder}")
+        if state.step < recipe.steps:
+            progress.say(
+                f"stopped by {stop.reason} at step {state.step} of {recipe.steps}: the same command goes on from there"
+            )
     if metrics:
         metrics.close()
+    return state.step == recipe.steps
 
 
 def train_step(run: Training, batch: dict) -> tuple[torch.Tensor, tuple]:
@@ -103,12 +111,29 @@ def log_step(
     return figures
 
 
-def validate(run: Training, metrics: Metrics | None, progress: ProgressBar) -> None:
-    """Loss on the validation rows with and without the memory."""
-    loss, without = (
-        position_losses(run.model, run.validation, run.recipe.validation.rows, run.shape.micro_rows, use_memory).mean
-        for use_memory in (True, False)
-    )
+def validation_is_due(run: Training) -> bool:
+    """Also behind a resume, if the run was stopped before or in the validation of its checkpoint's step."""
+    every, step = run.recipe.validation.every, run.state.step
+    return every > 0 and run.state.validated != step and (step % every == 0 or step == run.recipe.steps)
+
+
+def validate(run: Training, metrics: Metrics | None, progress: ProgressBar, stop: Stop) -> None:
+    """Loss on the validation rows with and without the memory; left without a result if the run is to stop."""
+    means = []
+    for use_memory in (True, False):
+        losses = position_losses(
+            run.model,
+            run.validation,
+            run.recipe.validation.rows,
+            run.shape.micro_rows,
+            use_memory,
+            leave=lambda: stop.agree(run.process.device),
+        )
+        if losses is None:
+            return
+        means.append(losses.mean)
+    loss, without = means
+    run.state.validated = run.state.step
     if metrics:
         metrics.record(
             run.state.step,

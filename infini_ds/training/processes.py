@@ -1,10 +1,14 @@
 """Which process of the run this is, however it was started: `deepspeed`, `torchrun`, `srun`, or plain `python`."""
 
 import os
+import re
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
 
 import torch
 
@@ -13,6 +17,7 @@ FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_STEP
 
 
 SECONDS_FOR_FIRST_RANK = 5.0  # that other ranks wait before they say what is wrong
+SECONDS_FOR_ROLL_CALL = 3.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def disconnect() -> None:
 def launch(main) -> None:
     """Run a script's `main()`; a ValueError is for the user: its sentence is printed, without a stack, exit code 2.
 
-    What is wrong for all ranks is said once: when the first one ends with an error, a launcher ends the others.
+    What is wrong for all ranks is said once: when the first one ends with an error, a launcher ends the others. Any
+    other exception of one rank of several ends it at once, with its stack or, if another rank is gone, its name.
     """
     try:
         main()
@@ -96,3 +102,44 @@ def launch(main) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        give_up(error)
+
+
+def give_up(error: Exception) -> NoReturn:
+    """Say what is wrong on this rank, and end without waiting for threads and data workers that wait for others."""
+    rank = os.environ["RANK"]
+    if _is_of_contact(error):
+        missing = ", ".join(map(str, missing_ranks())) or "another one, which answers again"
+        # Without gloo's place in its source, and its advice.
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0].splitlines()[0]
+        print(
+            f"error on rank {rank}: lost contact to rank {missing} ({reason}): see what that rank printed last; the "
+            "same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+    else:
+        print(f"error on rank {rank}:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _is_of_contact(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+
+
+def missing_ranks() -> list[int]:
+    """The ranks that do not answer to a roll call; rank 0 if nobody can hold it."""
+    env = os.environ
+    patience = timedelta(seconds=SECONDS_FOR_ROLL_CALL)
+    try:
+        store = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=patience)
+        store.set(f"here/{env['RANK']}", "")
+        time.sleep(SECONDS_FOR_ROLL_CALL)
+        return [rank for rank in range(int(env["WORLD_SIZE"])) if not store.check([f"here/{rank}"])]
+    except torch.distributed.DistError:
+        return [0]

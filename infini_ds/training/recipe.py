@@ -90,6 +90,7 @@ class Recipe:
     deepspeed: str = "auto"  # a DeepSpeed JSON file, or auto: by device, from ds_configs/
     resume: bool = True  # go on from the newest checkpoint of the run, if there is one
     log_every: int = 10  # steps
+    timeout_minutes: float = 30.0  # that a rank waits for another one before the run ends with an error
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     batch: BatchRecipe = field(default_factory=BatchRecipe)
@@ -201,6 +202,8 @@ def check(recipe: Recipe) -> None:
         ("checkpoint.keep_last", recipe.checkpoint.keep_last),
     ):
         at_least(key, value, 1)
+    if not 0 < recipe.timeout_minutes < 1e6:
+        raise ValueError(f"timeout_minutes={recipe.timeout_minutes} must be above 0 and below a million")
     for key, value in (
         ("optimizer.learning_rate", recipe.optimizer.learning_rate),
         ("optimizer.gate_learning_rate", recipe.optimizer.gate_learning_rate),

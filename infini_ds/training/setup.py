@@ -24,8 +24,8 @@ from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 
 # What may differ between the recipe that began a run and the one that goes on with it.
 MAY_CHANGE = (
-    *("name", "output", "steps", "resume", "log_every", "deepspeed", "schedule", "validation", "checkpoint"),
-    *("data.workers", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
+    *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
+    *("checkpoint", "data.workers", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
 )
 
 
@@ -98,7 +98,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
 
     from infini_ds.training.engine import build_engine, connect
 
-    connect(process)
+    connect(process, recipe.timeout_minutes)
     newest, state = newest_checkpoint(recipe, process)
     if state.step >= recipe.steps:
         return None

@@ -1,5 +1,6 @@
 """Loss on the validation rows, by position in the sequence, with the memory and with the memory switched off."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +32,27 @@ def position_losses(
     micro_rows: int,
     use_memory: bool = True,
     on_batch=lambda: None,
-) -> PositionLosses:
+    leave=lambda: False,
+) -> PositionLosses | None:
     """Over the first `limit` rows, shared out among the ranks; every rank gets the whole result.
 
-    The result depends neither on the number of ranks nor on `micro_rows`, which is how many rows run at once.
+    The result depends neither on the number of ranks nor on `micro_rows`, which is how many rows run at once. Before
+    each batch `leave` is asked, as often on every rank: once it is true, the result is None.
     """
     distributed = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     was_training = model.training
     model.eval()
     total = None
-    for batch in rows.batches(micro_rows, limit, rank, world_size):
+    batches = rows.batches(micro_rows, limit, rank, world_size)
+    rows_of_first_rank = math.ceil(min(limit or len(rows), len(rows)) / world_size)  # no rank has more
+    for _ in range(math.ceil(rows_of_first_rank / micro_rows)):
+        if leave():
+            model.train(was_training)
+            return None
+        batch = next(batches, None)
+        if batch is None:  # another rank has one more
+            continue
         T = batch["input_ids"].shape[1]
         if total is None:
             total = torch.zeros(2, T - 1, dtype=torch.float64, device=model.device)
