@@ -31,6 +31,9 @@ class InfiniCache(Cache):
         documents: (B, S) the document of each slot of the open segment, EMPTY behind its last token.
         held: (B,) the document in the memory, EMPTY while nothing has been written.
         columns: how many columns of `input_ids` have been processed, padding included.
+        packed: the open segments may hold several documents.
+        room: tokens that fit into every row's open segment for certain. While a call's do, the host need not ask the
+            device, and wait for it, how many segments there are.
     """
 
     def __init__(self, config, batch_size: int, dtype: torch.dtype, device: torch.device | str):
@@ -42,6 +45,8 @@ class InfiniCache(Cache):
         self.documents = torch.full((B, S), EMPTY, device=device)
         self.held = torch.full((B,), EMPTY, device=device)
         self.columns = 0
+        self.packed = False
+        self.room = S
 
     def keep_open(self, keys_values: list[tuple[Tensor, Tensor]], still_open: Tensor) -> None:
         """Keep each row's open segment, where it is one of these.
@@ -67,6 +72,10 @@ class InfiniCache(Cache):
         self.documents = torch.cat([grid.documents, none_open], dim=1)[rows, still_open]
         self.held = grid.held[:, -1]
         self.columns += columns
+        self.packed = grid.packed
+        self.room -= columns
+        if self.room < 0:
+            self.room = grid.S - int((self.documents != EMPTY).sum(1).max())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -102,5 +111,7 @@ class InfiniCache(Cache):
         self.documents.fill_(EMPTY)
         self.held.fill_(EMPTY)
         self.columns = 0
+        self.packed = False
+        self.room = self.documents.shape[1]
         for state in self.layer_states:
             state.memory = MemoryState(*(torch.zeros_like(x) for x in state.memory))

@@ -20,6 +20,11 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             gradient checkpointing, activations are kept for one block only. Never changes the result.
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":
             rotary positions in local attention, none in the memory.
+        checkpoint_layers: recompute each layer of a block in the backward pass, so that activations of one layer are kept
+            at a time. Never changes the result. With gradient checkpointing as well, the forward pass runs three times.
+        offload_states: with gradient checkpointing, keep the memory before each block on the CPU until the backward
+            pass. Never changes the result.
+        truncate_blocks: cut gradients through the memory before every so many blocks; None: never, they are exact.
         gate_init: start of each head's gate beta; sigmoid(beta) is the share of the memory in the head's output.
         rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
 
@@ -34,6 +39,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         segment_length: int = 128,
         memory_rule: str = "linear",
         segments_per_block: int | None = None,
+        checkpoint_layers: bool = False,
+        offload_states: bool = False,
+        truncate_blocks: int | None = None,
         position_embedding: str = "segment",
         gate_init: float = 0.0,
         rotary_base: float = 10000.0,
@@ -42,6 +50,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self.segment_length = segment_length
         self.memory_rule = memory_rule
         self.segments_per_block = segments_per_block
+        self.checkpoint_layers = checkpoint_layers
+        self.offload_states = offload_states
+        self.truncate_blocks = truncate_blocks
         self.position_embedding = position_embedding
         self.gate_init = gate_init
         self.rotary_base = rotary_base
@@ -65,6 +76,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             raise ValueError(
                 f"segments_per_block={self.segments_per_block} must be at least 1, or None for all segments at once"
             )
+        if self.truncate_blocks is not None and self.truncate_blocks < 1:
+            raise ValueError(f"truncate_blocks={self.truncate_blocks} must be at least 1, or None for exact gradients")
         if self.memory_rule not in MEMORY_RULES:
             raise ValueError(f"memory_rule={self.memory_rule!r} is not one of {', '.join(MEMORY_RULES)}")
         if self.position_embedding not in POSITION_EMBEDDINGS:

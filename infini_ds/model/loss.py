@@ -1,4 +1,11 @@
-"""Cross-entropy of the next token straight from hidden states, so that logits of a whole sequence never exist."""
+"""Cross-entropy of the next token straight from hidden states, so that logits of a whole sequence never exist.
+
+Shapes: R rows (tokens), E width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +13,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label that counts for nothing, as everywhere in Hugging Face's models
-CHUNK = 1024  # rows of logits that exist at a time; from here on longer chunks were not faster
+LOGITS = 2**24  # numbers of a chunk's logits: 64 MiB in fp32, and products large enough for full speed
+
+_value_only: ContextVar[bool] = ContextVar("_value_only", default=False)
+
+
+@contextmanager
+def value_only() -> Iterator[None]:
+    """Losses taken inside have no gradient yet: for the first pass of a checkpoint, which is computed again."""
+    token = _value_only.set(True)
+    try:
+        yield
+    finally:
+        _value_only.reset(token)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in fp32 for each row, 0 where the target is IGNORED.
+    """-log p(target) in fp32 (fp64 for fp64) for each row, 0 where the target is IGNORED.
 
     Args:
         hidden: (R, E); weight: (V, E), the output embedding; targets: (R,).
@@ -19,24 +38,73 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
 
     def chunk_losses(h: Tensor, t: Tensor) -> Tensor:
-        logits = F.linear(h, weight)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, t, ignore_index=IGNORED, reduction="none")
+        return _log_softmax_and_losses(F.linear(h, weight), t)[1]
 
-    if hidden.shape[0] <= CHUNK:
-        return chunk_losses(hidden, targets)
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([chunk_losses(h, t) for h, t in chunks])
-    return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
+    chunks = list(zip(*(x.split(_chunk_rows(weight)) for x in (hidden, targets)), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
+    return torch.cat([chunk_losses(h, t) for h, t in chunks])
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum of `token_losses`, by torch's own fused form where this torch has it.
+    """The sum of `token_losses`, with gradients for `hidden` and `weight`.
 
-    That form sums in the precision of its input, which loses 1% in bf16: it is for full precision only.
+    The gradients are computed along with the value, chunk by chunk, while the chunk's logits exist: three products in
+    all, where recomputing logits in the backward pass takes four. `F.linear_cross_entropy` of torch 2.13 does this too,
+    but sums in the precision of its input, which is 1% wrong in bf16, and cannot leave the gradients out in the first
+    pass of a checkpoint.
     """
-    if hasattr(F, "linear_cross_entropy") and hidden.dtype in (torch.float32, torch.float64):
-        options = torch.nn.LinearCrossEntropyOptions() if hidden.shape[0] > CHUNK else None
-        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
-    return token_losses(hidden, weight, targets).sum()
+    return _SummedLoss.apply(hidden, weight, targets)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(1, LOGITS // weight.shape[0])
+
+
+def _log_softmax_and_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a chunk: (R, V) log-probabilities and (R,) losses."""
+    log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none")
+    return log_p, losses
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        lowers = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # as autocast does for F.linear
+        dtype = torch.get_autocast_dtype(device) if lowers else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            h, w = hidden.to(dtype), weight.to(dtype)
+            total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+            if _value_only.get() or not any(ctx.needs_input_grad):
+                for rows, t in zip(h.split(_chunk_rows(w)), targets.split(_chunk_rows(w)), strict=True):
+                    total += _log_softmax_and_losses(rows @ w.t(), t)[1].sum()
+                # The first pass of a checkpoint has to save what the second does, in number and shape.
+                ctx.save_for_backward(*(x.new_empty(()).expand(x.shape) for x in (hidden, weight)))
+                return total
+            grad_hidden = torch.empty_like(h)
+            grad_weight = torch.zeros_like(w, dtype=total.dtype)
+            parts = (x.split(_chunk_rows(w)) for x in (h, targets, grad_hidden))
+            for rows, t, grad_rows in zip(*parts, strict=True):
+                log_p, losses = _log_softmax_and_losses(rows @ w.t(), t)
+                total += losses.sum()
+                # d loss / d logits = p - onehot(target)
+                counted = (t != IGNORED)[:, None]
+                grad = log_p.exp_()
+                grad.scatter_add_(1, t.clamp_min(0)[:, None], -torch.ones_like(grad[:, :1]))
+                grad = grad.to(dtype)
+                torch.mul(grad @ w, counted, out=grad_rows)
+                rows = rows * counted
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.t(), rows)
+                else:
+                    grad_weight += grad.t() @ rows
+            ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total.to(grad_weight.dtype), None

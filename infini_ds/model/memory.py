@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TRIANGLE = 32  # segments: their prefix sums by a product cost less than a segment of 32 tokens or more
+
 
 class MemoryState(NamedTuple):
     """What one layer remembers of all segments so far."""
@@ -23,33 +25,47 @@ class MemoryState(NamedTuple):
         return cls(torch.zeros(B, H, D, D, **options), torch.zeros(B, H, D, **options))
 
 
+class _FeatureMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        phi = x.clamp(-40, 0).exp_().add_(x.relu())
+        ctx.save_for_backward(phi)
+        return phi
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (phi,) = ctx.saved_tensors
+        return grad * phi.clamp_max(1)  # phi is its own derivative where it is at most 1, that is up to 0
+
+
 def feature_map(x: Tensor) -> Tensor:
     """phi of linear attention (Katharopoulos et al. 2020): ELU(x) + 1, positive, in fp32 or higher.
 
     ELU(x) + 1 as written is exactly 0 below -17 in fp32; where that happens in all D places, nothing is retrieved and
-    gradients reach 1e30. So: exp(x) + relu(x), held at 4e-18 from -40 on, and phi(q) z never underflows.
+    gradients reach 1e30. So: exp(x) + relu(x), held at 4e-18 from -40 on, and phi(q) z never underflows. For the
+    backward pass phi alone is kept, which the products that use it keep anyway.
     """
-    x = x if x.dtype == torch.float64 else x.float()
-    return x.clamp(-40, 0).exp() + x.relu()
+    return _FeatureMap.apply(x if x.dtype == torch.float64 else x.float())
 
 
-def summarize(k: Tensor, v: Tensor, write: Tensor | None = None) -> MemoryState:
+def written_features(k: Tensor, write: Tensor | None = None) -> Tensor:
+    """phi(K) (B, N, H, S, D), 0 for tokens that do not write.
+
+    `write`: bool, broadcastable to (B, N, S): the tokens that write; None for all.
+    """
+    phi_k = feature_map(k)
+    return phi_k if write is None else phi_k * write[:, :, None, :, None]
+
+
+def summarize(phi_k: Tensor, v: Tensor) -> MemoryState:
     """What each segment alone would put into an empty memory: eq. (4), right-hand terms.
 
     Args:
-        k, v: (B, N, H, S, D)
-        write: bool, broadcastable to (B, N, S): the tokens that write; None for all.
+        phi_k: (B, N, H, S, D) from `written_features`; v: (B, N, H, S, D).
     Returns:
         M (B, N, H, D, D) and z (B, N, H, D).
     """
-    phi_k = _written_features(k, write)
     return MemoryState(phi_k.transpose(-1, -2) @ v.to(phi_k.dtype), phi_k.sum(-2))
-
-
-def _written_features(k: Tensor, write: Tensor | None) -> Tensor:
-    """phi(K), 0 for tokens that do not write: (B, N, H, S, D)."""
-    phi_k = feature_map(k)
-    return phi_k if write is None else phi_k * write[:, :, None, :, None]
 
 
 def update(
@@ -64,12 +80,14 @@ def update(
 
     Args:
         rule: "linear", "delta" or "delta_paper", see `accumulate` and `correct`.
-        state: the memory before the first segment; k, v and write: as for `summarize`; document_held: for `accumulate`.
+        state: the memory before the first segment; k, v: (B, N, H, S, D); write: as for `written_features`;
+            document_held: as for `accumulate`.
     """
-    segments = summarize(k, v, write)
+    phi_k = written_features(k, write)
+    segments = summarize(phi_k, v)
     if rule == "linear":
         return accumulate(state, segments, document_held)
-    return correct(state, segments, _written_features(k, write), document_held, bounded=rule == "delta")
+    return correct(state, segments, phi_k, document_held, bounded=rule == "delta")
 
 
 def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor | None = None) -> MemoryState:
@@ -83,15 +101,27 @@ def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor 
     Returns:
         The memory before each segment and after the last: M (B, N + 1, H, D, D), z (B, N + 1, H, D).
     """
-    terms = [torch.cat([old.unsqueeze(1).to(new.dtype), new], dim=1) for old, new in zip(state, segments, strict=True)]
+    before, after = [old.unsqueeze(1).to(new.dtype) for old, new in zip(state, segments, strict=True)], []
+    return MemoryState(*(_prefix_sums(old, new, document_held) for old, new in zip(state, segments, strict=True)))
+
+
+def _prefix_sums(old: Tensor, new: Tensor, document_held: Tensor | None) -> Tensor:
+    """Sums of `old` (B, …) and the first 0, 1, … N of `new` (B, N, …), begun again where the document held changes.
+
+    Segment j is part of the memory before segment s if j < s and the memory still held the same document. A sum over
+    these, and not a difference of two prefix sums, keeps documents apart to the last bit. The sums are products with a
+    triangle of zeros and ones, for some segments at a time: over all N at once the work would grow with N squared.
+    """
+    old = old.unsqueeze(1).to(new.dtype)
     if document_held is None:
-        return MemoryState(*(term.cumsum(1) for term in terms))
-    # Segment j is part of the memory before segment s if j < s and the memory still held the same document. A sum over
-    # these, and not a difference of two prefix sums, keeps documents apart to the last bit.
-    N = document_held.shape[1]
-    part = document_held[:, :, None] == document_held[:, None, :]
-    part = part.tril().to(terms[0].dtype)  # (B, N + 1, N + 1)
-    return MemoryState(*((part @ term.flatten(2)).view(-1, N, *term.shape[2:]) for term in terms))
+        return torch.cat([old, new], dim=1).cumsum(1)
+    sums = [old]
+    for first in range(0, new.shape[1], TRIANGLE):
+        terms = torch.cat([sums[-1][:, -1:], new[:, first : first + TRIANGLE]], dim=1)
+        held = document_held[:, first : first + terms.shape[1]]
+        part = (held[:, :, None] == held[:, None, :]).tril().to(terms.dtype)
+        sums.append((part @ terms.flatten(2)).view_as(terms)[:, 1:])
+    return torch.cat(sums, dim=1)
 
 
 def correct(
@@ -112,7 +142,7 @@ def correct(
     Returns:
         As `accumulate`.
     """
-    z = accumulate(state, segments, document_held).z
+    z = _prefix_sums(state.z, segments.z, document_held)
     n = phi_k @ (z[:, 1:] if bounded else z[:, :-1]).unsqueeze(-1)  # (B, N, H, S, 1)
     A = phi_k.transpose(-1, -2) @ (phi_k / n.masked_fill(n == 0, 1))  # n is 0 where there is nothing to correct
     memories = [state.M.to(z.dtype)]

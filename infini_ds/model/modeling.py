@@ -7,12 +7,14 @@ Shapes: B batch, T tokens, E width, H heads, D head size, N segments, S slots in
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -21,7 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
 from .local_attention import local_attention, rotary_angles, rotate
-from .loss import IGNORED, summed_loss, token_losses
+from .loss import IGNORED, summed_loss, token_losses, value_only
 from .memory import MemoryState, blend, retrieve, update
 from .segments import SegmentGrid, lay_out, lay_out_after
 
@@ -173,6 +175,11 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.beta, self.config.gate_init)
 
 
+def _checkpoint(compute: Callable, config: InfiniGPTNeoConfig, *args, **options):
+    draws = config.resid_dropout or config.embed_dropout or config.attention_dropout  # random numbers to draw again
+    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=bool(draws), **options)
+
+
 @dataclass(frozen=True)
 class Run:
     """What a forward pass starts from: the grid of its tokens, each layer's memory, and the cache to go on with.
@@ -244,7 +251,10 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
-            grid, still_open = lay_out_after(cache.documents, cache.held, attention_mask, document_ids)
+            N = 1 if input_ids.shape[1] <= cache.room else None
+            grid, still_open = lay_out_after(
+                cache.documents, cache.held, attention_mask, document_ids, cache.packed, N
+            )
             states = tuple(layer.memory for layer in cache.layer_states)
         if not use_memory:
             grid = replace(grid, read=torch.zeros_like(grid.read))
@@ -257,7 +267,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
 
         `hidden` is (B, slots of the block, E) after the last norm and `slots` their place in the row's N * S slots.
         With gradient checkpointing a block, head included, keeps nothing for the backward pass but its token ids and
-        the memory before it; gradients flow through the memory from block to block, exact whatever the block size.
+        the memory before it (on the CPU with `offload_states`). Gradients flow through the memory from block to block,
+        exact whatever the block size, unless `truncate_blocks` cuts them.
 
         Returns:
             What the head returned for each block, and each layer's memory after the last block.
@@ -275,9 +286,11 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("use_cache=True is not possible while training with gradient checkpointing")
-            compute = partial(checkpoint, compute, use_reentrant=False)
+            compute = self._checkpointed(compute, input_ids.device)
         outputs, states = [], run.states
-        for first, block in grid.blocks(self.config.segments_per_block):
+        for index, (first, block) in enumerate(grid.blocks(self.config.segments_per_block)):
+            if self.config.truncate_blocks and index and index % self.config.truncate_blocks == 0:
+                states = tuple(MemoryState(*(x.detach() for x in state)) for state in states)
             # In a step `ids` are the tokens given, which with their padding may be more than a segment.
             slots = slice(first * grid.S, ids.shape[1] if grid.step else (first + block.N) * grid.S)
             output, states = compute(ids[:, slots], states, block, slots)
@@ -285,6 +298,16 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if cache is not None:
             cache.advance(states, grid, run.still_open, columns=input_ids.shape[1])
         return outputs, states
+
+    def _checkpointed(self, compute: Callable, device: torch.device) -> Callable:
+        """`compute` of a block that keeps its arguments alone for the backward pass."""
+
+        def checkpointed(*args):
+            offload = save_on_cpu(device.type == "cuda") if self.config.offload_states else nullcontext()
+            with offload:
+                return _checkpoint(compute, self.config, *args, context_fn=lambda: (value_only(), nullcontext()))
+
+        return checkpointed
 
     def block(
         self,
@@ -303,7 +326,10 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         masks = {window: grid.local_mask(window, ids.device) for window in windows}
         after, keys_values = [], []
         for layer, state, layer_cached in zip(self.h, states, cached, strict=True):
-            hidden, state, kv = layer(hidden, grid, masks[layer.attention.window], state, layer_cached)
+            mask = masks[layer.attention.window]
+            if self.config.checkpoint_layers and self.training and torch.is_grad_enabled():
+                layer = partial(_checkpoint, layer, self.config)
+            hidden, state, kv = layer(hidden, grid, mask, state, layer_cached)
             after.append(state)
             keys_values.append(kv)
         return self.ln_f(hidden), tuple(after), keys_values

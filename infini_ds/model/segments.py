@@ -25,6 +25,8 @@ class SegmentGrid:
         read: bool, broadcastable to (B, N, S): tokens whose own document is in the memory before their segment.
         write: bool, broadcastable to (B, N, S): tokens that are written when their segment ends. None: all.
         from_cache: (B, S) slots of the first segment whose tokens came before. None: no cache, or not the first block.
+        packed: a row may hold several documents. If not, causal attention is all that slots need: tokens fill them from
+            the first one on, and those behind the last token are seen by no token.
         step: only the tokens given are computed, not all slots; N is 1 and the other slots come from a cache.
     """
 
@@ -36,6 +38,7 @@ class SegmentGrid:
     read: Tensor | None = None
     write: Tensor | None = None
     from_cache: Tensor | None = None
+    packed: bool = False
     step: bool = False
 
     def place(self, values: Tensor, empty: int) -> Tensor:
@@ -74,12 +77,13 @@ class SegmentGrid:
         """
         if window is not None and window >= self.S:
             window = None
-        if self.documents is None and window is None:
+        by_document = self.packed or self.step
+        if not by_document and window is None:
             return None
         position = self.positions(device)
         distance = position[..., :, None] - torch.arange(self.S, device=device)
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        if self.documents is None:
+        if not by_document:
             return mask[None, None]
         keys = self.documents
         queries = self._of_step(keys) if self.step else keys
@@ -130,10 +134,11 @@ def lay_out(
         read = torch.arange(N, device=device)[None, :, None] > 0
         write = None if T == N * S else (torch.arange(N * S, device=device) < T).view(1, N, S)
         return SegmentGrid(N, S, read=read, write=write)
+    packed = document_ids is not None
     if document_ids is None:
         document_ids = torch.zeros_like(input_ids)
     slots = None if attention_mask is None else token_slots(attention_mask.bool(), N * S)
-    grid = SegmentGrid(N, S, slots)
+    grid = SegmentGrid(N, S, slots, packed=packed)
     documents = grid.place(document_ids, EMPTY).view(B, N, S)
     return with_documents(grid, documents, documents.new_full((B,), EMPTY))
 
@@ -143,6 +148,8 @@ def lay_out_after(
     held: Tensor,
     attention_mask: Tensor,
     document_ids: Tensor | None = None,
+    packed: bool = False,
+    N: int | None = None,
 ) -> tuple[SegmentGrid, Tensor]:
     """The grid of tokens that follow those in a cache: each row's open segment stands in front of them.
 
@@ -150,6 +157,8 @@ def lay_out_after(
         open_documents: (B, S) the documents of the open segment, EMPTY behind its last token.
         held: (B,) the document in the memory, EMPTY if none.
         attention_mask: (B, T), 0 for padding; document_ids: (B, T), or None where the last document goes on.
+        packed: the open segments may hold several documents.
+        N: segments of the grid, if known. None: to count them, the host waits for the device.
     Returns:
         The grid, and (B,) the segment of the grid that is open afterwards: N where the row's last one is full.
     """
@@ -158,10 +167,13 @@ def lay_out_after(
     from_cache = open_documents != EMPTY
     length = from_cache.sum(1)
     total = length + valid.sum(1)
-    N = max(1, -(-int(total.max()) // S))
+    if N is None:
+        N = max(1, -(-int(total.max()) // S))
+    packed = packed or document_ids is not None
     if document_ids is None:
         document_ids = torch.maximum(held, open_documents.amax(1)).clamp_min(0)[:, None].expand(valid.shape)
-    grid = SegmentGrid(N, S, token_slots(valid, N * S, length[:, None]), from_cache=from_cache, step=N == 1)
+    slots = token_slots(valid, N * S, length[:, None])
+    grid = SegmentGrid(N, S, slots, from_cache=from_cache, packed=packed, step=N == 1)
     documents = grid.place(document_ids, EMPTY).view(B, N, S)
     documents[:, 0] = torch.where(from_cache, open_documents, documents[:, 0])
     still_open = total // S
