@@ -11,7 +11,16 @@ from torch.testing import assert_close
 from infini_ds.model.local_attention import local_attention, rotary_angles, rotate
 from infini_ds.model import loss
 from infini_ds.model.loss import IGNORED, summed_loss, token_losses
-from infini_ds.model.memory import MemoryState, accumulate, blend, feature_map, retrieve, summarize, update, written_features
+from infini_ds.model.memory import (
+    MemoryState,
+    accumulate,
+    blend,
+    feature_map,
+    retrieve,
+    summarize,
+    update,
+    written_features,
+)
 from infini_ds.model.segments import EMPTY, lay_out, lay_out_after
 
 many = settings(deadline=None, max_examples=60, derandomize=True)

@@ -3,19 +3,57 @@
 Shapes: B rows times segments, H heads, S queries, K keys, D head size.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+def local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T) v without the 1 / sqrt(D) of other models: GPT-Neo does not scale its scores.
 
     Args:
         q: (B, H, S, D); k, v: (B, H, K, D).
-        mask: bool, broadcastable to (B, H, S, K), each query with at least one key; None: causal, S = K.
+        mask: bool, broadcastable to (B, H, S, K), each query with at least one key; a `document_mask`, which knows no
+            dropout; None: causal, S = K.
     """
+    if isinstance(mask, BlockMask):
+        # Without compilation flex attention computes all scores; on the CPU it is only there for its result.
+        attention = _compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+        return attention(q, k, v, block_mask=mask, scale=1.0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=1.0)
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def document_mask(documents: Tensor, window: int | None, tile: int = 128) -> BlockMask:
+    """Causal attention within each document, and within `window` tokens, as a rule that flex attention evaluates tile
+    by tile: the S by S mask is never made.
+
+    Args:
+        documents: (B, S) the document of each slot.
+        window: how many tokens back a token sees, itself included; None for all.
+        tile: tokens of a tile's side; 128 is flex attention's own.
+    """
+    B, S = documents.shape
+    window = window or S
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (query >= key) & (query - key < window)
+        return near & (documents[row, query] == documents[row, key])
+
+    tiles = torch.arange(-(-S // tile), device=documents.device)
+    first = ((tiles * tile - window + 1) // tile).clamp_min(0)  # the earliest tile that a tile of queries sees into
+    count = (tiles - first + 1).expand(B, 1, -1)
+    index = (first[:, None] + tiles).clamp_max(len(tiles) - 1).expand(B, 1, -1, -1)
+    return BlockMask.from_kv_blocks(
+        count.int(), index.int().contiguous(), BLOCK_SIZE=tile, mask_mod=sees, seq_lengths=(S, S)
+    )
 
 
 def rotary_angles(positions: Tensor, D: int, base: float) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
-from .local_attention import local_attention, rotary_angles, rotate
+from .local_attention import document_mask, local_attention, rotary_angles, rotate
 from .loss import IGNORED, summed_loss, token_losses, value_only
 from .memory import MemoryState, blend, retrieve, update
 from .segments import SegmentGrid, lay_out, lay_out_after
@@ -67,7 +67,7 @@ class InfiniAttention(nn.Module):
     ) -> tuple[Tensor, MemoryState, tuple[Tensor, Tensor]]:
         """hidden (B, N * S, E) -> the same, the memory after the block, and k and v (B, N, H, S, D).
 
-        `mask`: from `SegmentGrid.local_mask`; `cached`: fills the slots of tokens that came before.
+        `mask`: for `local_attention`; `cached`: fills the slots of tokens that came before.
         """
         B, H, D = hidden.shape[0], self.config.num_heads, self.config.head_dim
         q, k, v = (
@@ -160,6 +160,8 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
     config_class = InfiniGPTNeoConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True  # for packed documents; without documents it gives what "sdpa" gives
     _no_split_modules = ["InfiniLayer"]
     _keys_to_ignore_on_load_unexpected = [r"attn\.attention\.(masked_)?bias$"]  # masks that old GPT-Neo files hold
 
@@ -252,9 +254,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
             N = 1 if input_ids.shape[1] <= cache.room else None
-            grid, still_open = lay_out_after(
-                cache.documents, cache.held, attention_mask, document_ids, cache.packed, N
-            )
+            grid, still_open = lay_out_after(cache.documents, cache.held, attention_mask, document_ids, cache.packed, N)
             states = tuple(layer.memory for layer in cache.layer_states)
         if not use_memory:
             grid = replace(grid, read=torch.zeros_like(grid.read))
@@ -322,8 +322,13 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             positions = grid.positions(ids.device)
             hidden = hidden + self.wpe(positions if grid.step else positions.repeat(grid.N))
         hidden = self.drop(hidden)
-        windows = {layer.attention.window for layer in self.h}
-        masks = {window: grid.local_mask(window, ids.device) for window in windows}
+        by_rule = grid.packed and not grid.step and self.config._attn_implementation == "flex_attention"
+        masks = {
+            window: document_mask(grid.documents.flatten(0, 1), window)
+            if by_rule
+            else grid.local_mask(window, ids.device)
+            for window in {layer.attention.window for layer in self.h}
+        }
         after, keys_values = [], []
         for layer, state, layer_cached in zip(self.h, states, cached, strict=True):
             mask = masks[layer.attention.window]
