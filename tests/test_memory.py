@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from infini_ds.model.local_attention import local_attention, rotary_angles, rotate
 from infini_ds.model import loss
+from infini_ds.model.local_attention import local_attention, rotary_angles, rotate
 from infini_ds.model.loss import IGNORED, summed_loss, token_losses
 from infini_ds.model.memory import (
     MemoryState,

@@ -101,7 +101,6 @@ def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor 
     Returns:
         The memory before each segment and after the last: M (B, N + 1, H, D, D), z (B, N + 1, H, D).
     """
-    before, after = [old.unsqueeze(1).to(new.dtype) for old, new in zip(state, segments, strict=True)], []
     return MemoryState(*(_prefix_sums(old, new, document_held) for old, new in zip(state, segments, strict=True)))
 
 
