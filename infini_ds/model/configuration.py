@@ -20,9 +20,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             gradient checkpointing, activations are kept for one block only. Never changes the result.
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":
             rotary positions in local attention, none in the memory.
-        checkpoint_layers: recompute each layer in the backward pass, so that activations of one layer of a block are kept
-            at a time. Never changes the result. With gradient checkpointing as well, each layer is computed three times
-            forwards.
+        checkpoint_layers: recompute each layer in the backward pass, so that activations of one layer of a block are
+            kept at a time. Never changes the result. With gradient checkpointing as well, each layer is computed three
+            times forwards.
         offload_states: with gradient checkpointing, keep the memory before each block on the CPU until the backward
             pass. Never changes the result.
         truncate_blocks: cut gradients through the memory before every so many blocks; None: never, they are exact.
