@@ -10,6 +10,7 @@ from infini_ds.data.batches import micro_batches, predicted_tokens
 from infini_ds.training import checkpoints
 from infini_ds.training.metrics import Metrics, gates, memory_metrics
 from infini_ds.training.progress import ProgressBar
+from infini_ds.training.schedule import gate_reach
 from infini_ds.training.setup import Training
 from infini_ds.training.stopping import Stop
 from infini_ds.training.throughput import memory_in_use, peak_flops, training_flops_per_token
@@ -196,8 +197,10 @@ def announce(run: Training, progress: ProgressBar) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     progress.say(
         f"{run.recipe.name}: {parameters / 1e6:.1f}M parameters, {run.recipe.steps} steps of {shape.rows} rows of "
-        f"{run.sequence_length} tokens in segments of {config.segment_length}; {shape.world_size} ranks x "
+        f"{run.sequence_length} tokens in segments of {config.segment_length}, {config.segments_per_block or 'all'} at "
+        f"once; {shape.world_size} ranks x "
         f"{shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} on {run.process.device.type}"
     )
+    progress.say(f"each gate can move by {gate_reach(run.recipe):.1f} at most in all steps of this recipe")
     if run.resumed_from:
         progress.say(f"going on from {run.resumed_from}: {run.state.tokens:,} tokens seen")

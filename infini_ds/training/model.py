@@ -2,18 +2,26 @@
 
 import difflib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from data_prep.manifest import Manifest
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.model.presets import preset_config
+from infini_ds.training.footprint import SPARE, Sharding, Work, footprint, largest_block
+from infini_ds.training.processes import Process
 from infini_ds.training.recipe import Recipe
+from infini_ds.training.throughput import memory_free
 
 
-def model_config(recipe: Recipe, manifest: Manifest) -> InfiniGPTNeoConfig:
+def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfig:
     """The model's configuration: the preset, the recipe's overrides, the data's vocabulary.
+
+    Without a manifest, since the data is not there yet, the vocabulary is the preset's or the folder's. For
+    `segments_per_block: auto` see `fitting_block`; here it is None.
 
     Raises:
         ValueError: unknown preset or field, an impossible value, or fewer embeddings than the data has tokens.
@@ -21,8 +29,9 @@ def model_config(recipe: Recipe, manifest: Manifest) -> InfiniGPTNeoConfig:
     chosen = recipe.model
     fields = ("segment_length", "memory_rule", "position_embedding", "gate_init")
     given = {name: getattr(chosen, name) for name in fields if getattr(chosen, name) is not None}
+    block = None if chosen.segments_per_block == "auto" else chosen.segments_per_block
     if chosen.start_from is not None:
-        check_start(Path(chosen.start_from), Path(recipe.data.path))
+        check_start(Path(chosen.start_from), None if manifest is None else Path(recipe.data.path))
         if chosen.config:
             raise ValueError(
                 f"model.config.{next(iter(chosen.config))} is given, but the shape is that of model.start_from="
@@ -35,19 +44,21 @@ def model_config(recipe: Recipe, manifest: Manifest) -> InfiniGPTNeoConfig:
                     f"{chosen.start_from}: leave it out"
                 )
         config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from, **given)
-        config.segments_per_block = chosen.segments_per_block
+        config.segments_per_block = block
     else:
         known = set(InfiniGPTNeoConfig().to_dict()) | {"attention_types"}
         for key in set(chosen.config) - known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f": did you mean model.config.{near[0]}?" if near else ": it is no field of GPT-Neo's configuration"
             raise ValueError(f"unknown key model.config.{key}{hint}")
-        data = manifest.tokenizer
-        tokens = {"vocab_size": data.vocab_size, "bos_token_id": data.start_id, "pad_token_id": data.pad_id}
-        tokens["eos_token_id"] = data.start_id  # a document ends where the next one starts
-        given["segments_per_block"] = chosen.segments_per_block
+        tokens = {}
+        if manifest is not None:
+            data = manifest.tokenizer
+            tokens = {"vocab_size": data.vocab_size, "bos_token_id": data.start_id, "pad_token_id": data.pad_id}
+            tokens["eos_token_id"] = data.start_id  # a document ends where the next one starts
+        given["segments_per_block"] = block
         config = preset_config(chosen.preset, **(tokens | given | chosen.config))
-    if config.vocab_size < manifest.tokenizer.vocab_size:
+    if manifest is not None and config.vocab_size < manifest.tokenizer.vocab_size:
         raise ValueError(
             f"the model has {config.vocab_size} embeddings and data.path={recipe.data.path} has "
             f"{manifest.tokenizer.vocab_size} tokens: prepare the data with the model's own tokenizer (--tokenizer)"
@@ -55,7 +66,7 @@ def model_config(recipe: Recipe, manifest: Manifest) -> InfiniGPTNeoConfig:
     return config
 
 
-def check_start(folder: Path, data: Path) -> None:
+def check_start(folder: Path, data: Path | None) -> None:
     """Raise a ValueError if the folder is no Infini-GPT-Neo, or its tokens mean something else than the data's."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.start_from={folder} is no folder with a config.json")
@@ -64,7 +75,7 @@ def check_start(folder: Path, data: Path) -> None:
         raise ValueError(
             f"model.start_from={folder} is a {kind} model: give it a memory with launch/convert.py --from-gpt-neo"
         )
-    if (folder / "tokenizer.json").is_file() and _vocabulary(folder) != _vocabulary(data / "tokenizer"):
+    if data and (folder / "tokenizer.json").is_file() and _vocabulary(folder) != _vocabulary(data / "tokenizer"):
         raise ValueError(
             f"model.start_from={folder} and data.path={data} have different tokenizers: prepare the data with "
             f"--tokenizer {folder}"
@@ -85,3 +96,23 @@ def build_model(recipe: Recipe, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCa
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def fitting_block(work: Work, sharding: Sharding, process: Process) -> int:
+    """`segments_per_block: auto`: the largest block that fits into the memory of every rank, the same on all of them.
+
+    Raises:
+        ValueError: a rank has no room even for blocks of one segment.
+    """
+    room = int(memory_free(process) * (1 - SPARE))
+    fits = torch.tensor([largest_block(work, sharding, room) or 0, room], device=process.device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    segments, room = fits.tolist()
+    if not segments:
+        least = footprint(replace(work, segments_per_block=1), sharding).peak
+        checkpointing = "" if work.checkpointing else ", set model.gradient_checkpointing=true"
+        raise ValueError(
+            f"model.segments_per_block=auto: even blocks of one segment need {least / 2**30:.1f} GiB, and a rank has "
+            f"{room / 2**30:.1f} GiB: lower batch.micro_rows={work.rows}{checkpointing}, or ask launch/plan.py"
+        )
+    return segments

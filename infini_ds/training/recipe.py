@@ -18,7 +18,7 @@ class ModelRecipe:
 
     preset: str = "tiny"
     start_from: str | None = None  # folder of an Infini-GPT-Neo, e.g. from launch/convert.py; its shape is taken
-    segments_per_block: int | None = None  # None: the whole sequence at once
+    segments_per_block: int | str | None = None  # None: the whole sequence at once; "auto": what fits the device
     # None: as InfiniGPTNeoConfig has it, or the folder in start_from
     segment_length: int | None = None
     memory_rule: str | None = None
@@ -217,6 +217,13 @@ def check(recipe: Recipe) -> None:
         ("seed", recipe.seed),
     ):
         at_least(key, value, 0)
+    block = recipe.model.segments_per_block
+    if isinstance(block, str) and block != "auto":
+        raise ValueError(
+            f"model.segments_per_block={block!r} is not a number of segments, auto, or null for all at once"
+        )
+    if isinstance(block, int):
+        at_least("model.segments_per_block", block, 1)
     if (recipe.batch.tokens is None) == (recipe.batch.rows is None):
         raise ValueError(
             f"batch.tokens={recipe.batch.tokens} and batch.rows={recipe.batch.rows}: give exactly one of the two "

@@ -2,7 +2,7 @@
 
 import math
 
-from infini_ds.training.recipe import ScheduleRecipe
+from infini_ds.training.recipe import Recipe, ScheduleRecipe
 
 
 def factor(schedule: ScheduleRecipe, steps: int, step: int) -> float:
@@ -25,3 +25,13 @@ def gate_factor(schedule: ScheduleRecipe, steps: int, step: int) -> float:
     if schedule.gates == "constant":
         return 1.0
     return factor(schedule, steps, max(step, schedule.warmup_steps))
+
+
+def gate_reach(recipe: Recipe) -> float:
+    """How far a gate beta can move from its start in the whole run.
+
+    Adam moves a value by at most its learning rate a step where 1 - beta1 <= sqrt(1 - beta2), as usual (Kingma and Ba
+    2015, section 2.1).
+    """
+    steps = (gate_factor(recipe.schedule, recipe.steps, step) for step in range(recipe.steps))
+    return recipe.optimizer.gate_learning_rate * sum(steps)

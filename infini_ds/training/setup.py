@@ -18,7 +18,8 @@ from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training import checkpoints
 from infini_ds.training.checkpoints import TrainState
 from infini_ds.training.deepspeed_config import deepspeed_config, default_file
-from infini_ds.training.model import build_model, model_config
+from infini_ds.training.footprint import Sharding, Work
+from infini_ds.training.model import build_model, fitting_block, model_config
 from infini_ds.training.processes import Process
 from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 
@@ -102,6 +103,10 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     newest, state = newest_checkpoint(recipe, process)
     if state.step >= recipe.steps:
         return None
+    if recipe.model.segments_per_block == "auto":
+        work = Work.of(recipe, config, shape, manifest.sequence_length, precision)
+        sharding = Sharding.from_json(ds_config, process.world_size, process.device.type)
+        config.segments_per_block = fitting_block(work, sharding, process)
     if process.is_first:
         describe_run(recipe)
     stream = TrainingStream(Path(recipe.data.path), shape.rank_rows, recipe.data.seed, recipe.data.workers)

@@ -1,4 +1,4 @@
-"""Operations a token costs, what the device can do at most, and the memory in use."""
+"""Operations a token costs, what the device can do at most, and the memory in use and free."""
 
 import re
 import time
@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from infini_ds.model import InfiniGPTNeoConfig
+from infini_ds.training.processes import Process
 
 # Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity).
 PUBLISHED_BF16 = {
@@ -66,3 +67,10 @@ def memory_in_use(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     return psutil.Process().memory_info().rss
+
+
+def memory_free(process: Process) -> int:
+    """Bytes that this rank may take: what its GPU has left, or on the CPU its share of what the node has available."""
+    if process.device.type == "cuda":
+        return torch.cuda.mem_get_info(process.device)[0]
+    return psutil.virtual_memory().available // process.local_world_size

@@ -1,0 +1,176 @@
+"""The plan of a run, and what it says about memory held against what real steps take."""
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, environment, pretrain
+from torch.profiler import ProfilerActivity, profile
+
+from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.presets import PRESETS, preset_config
+from infini_ds.training.deepspeed_config import deepspeed_config
+from infini_ds.training.footprint import Sharding, Work, footprint, parameters
+from infini_ds.training.metrics import read_metrics
+from infini_ds.training.model import fitting_block
+from infini_ds.training.processes import identify
+from infini_ds.training.recipe import BatchShape, load_recipe
+from infini_ds.training.throughput import memory_free
+
+SMALL_BUCKET = 50_000  # elements: DeepSpeed's buffer should not hide the rest
+
+
+def peak_of_a_step(work: Work, bucket: int) -> int:
+    """Bytes at the peak of model, engine and two real optimizer steps: what torch's allocator reported to the profiler,
+    temporaries inside of operators included, whatever the process's libraries and the C library's heap hold besides.
+    """
+    from infini_ds.training.engine import build_engine, connect
+
+    connect(identify())
+    shape = BatchShape(work.rows * work.accumulation, 1, work.rows)
+    recipe = load_recipe(None, [f"batch.rows={shape.rows}"])
+    ds_config = deepspeed_config(ROOT / "ds_configs" / "zero2_cpu.json", recipe, shape, work.precision)
+    ds_config["zero_optimization"]["reduce_bucket_size"] = bucket
+    batch = {"input_ids": torch.randint(work.config.vocab_size, (work.rows, work.tokens))}
+    batch["labels"] = batch["input_ids"].clone()
+    if work.masked:
+        batch["document_ids"] = (torch.arange(work.tokens) > work.tokens // 2 + 3).long().repeat(work.rows, 1)
+    gc.collect()  # nothing of an earlier test may be freed while we count
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model = InfiniGPTNeoForCausalLM(work.config).train()
+        model.config.segments_per_block = work.segments_per_block
+        if work.checkpointing:
+            model.gradient_checkpointing_enable()
+        engine = build_engine(model, recipe, ds_config, torch.device("cpu"))
+        for _ in range(2 * work.accumulation):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+    engine.destroy()
+    in_use = peak = 0
+    for _, size in sorted(allocations(profiled.profiler.kineto_results.experimental_event_tree())):
+        in_use += size
+        peak = max(peak, in_use)
+    return peak
+
+
+def allocations(events) -> list[tuple[int, int]]:
+    """(time, bytes), negative where memory was given back, of the profiler's tree of events."""
+    found = []
+    for event in events:
+        if event.tag.name == "Allocation":
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+        found += allocations(event.children)
+    return found
+
+
+def tiny(**fields):
+    return preset_config("tiny", **({"vocab_size": 512, "num_layers": 2, "segment_length": 32} | fields))
+
+
+WORK = Work(tiny(), rows=1, tokens=512, precision="fp32", masked=False, checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "bucket"),
+    [
+        pytest.param({}, SMALL_BUCKET, id="all at once"),
+        pytest.param({"segments_per_block": 4}, SMALL_BUCKET, id="blocks of 4"),
+        pytest.param({"segments_per_block": 1, "rows": 2, "tokens": 256}, SMALL_BUCKET, id="blocks of 1"),
+        pytest.param({"segments_per_block": 8, "checkpointing": False}, SMALL_BUCKET, id="everything kept"),
+        pytest.param({"segments_per_block": 8, "masked": True, "accumulation": 2}, SMALL_BUCKET, id="documents"),
+        pytest.param({"segments_per_block": 8, "config": tiny(memory_rule="delta")}, SMALL_BUCKET, id="delta rule"),
+        pytest.param({"segments_per_block": 8, "precision": "bf16", "masked": True}, SMALL_BUCKET, id="bf16"),
+        pytest.param(
+            {"segments_per_block": 8, "config": tiny(hidden_size=192, position_embedding="rotary")},
+            SMALL_BUCKET,
+            id="rotary",
+        ),
+        pytest.param({"segments_per_block": 8, "config": tiny(vocab_size=8192)}, SMALL_BUCKET, id="large vocabulary"),
+        pytest.param({"segments_per_block": 2, "config": tiny(segment_length=16)}, 1_000_000, id="large bucket"),
+    ],
+)
+def test_estimate_is_near_the_measured_peak(change, bucket):
+    work = replace(WORK, **change)
+    measured = peak_of_a_step(work, bucket)
+    estimate = footprint(work, Sharding(ranks=1, bucket=bucket, fused=False))
+    standing = estimate.computing["weights"] + estimate.computing["optimizer"]
+    print(f"estimate {estimate.peak / measured - 1:+.1%}, without weights and optimizer", end=" ")
+    print(f"{(estimate.peak - standing) / (measured - standing) - 1:+.1%}")
+    assert estimate.peak == pytest.approx(measured, rel=0.15)
+    assert estimate.peak - standing == pytest.approx(measured - standing, rel=0.15)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
+def test_parameters_are_counted_exactly(name, position_embedding):
+    config = preset_config(name, position_embedding=position_embedding)
+    with torch.device("meta"):
+        model = InfiniGPTNeoForCausalLM(config)
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_auto_takes_the_largest_block_that_fits_and_changes_no_loss(runs, shards, tmp_path, capsys):
+    choices = ["model.segments_per_block=auto", "model.gradient_checkpointing=true", "checkpoint.every=4"]
+    pretrain(shards, tmp_path, "auto", *choices, "steps=4")  # the warm-up, where the number of steps plays no part
+    assert "in segments of 32, 8 at once" in capsys.readouterr().out  # all of a row of 256 tokens
+    config = json.loads((tmp_path / "auto" / "checkpoints" / "step-000004" / "config.json").read_text())
+    assert config["segments_per_block"] == 8
+    losses = [
+        [line["train/loss"] for line in read_metrics(run) if "train/loss" in line][:4]
+        for run in (tmp_path / "auto", runs / "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+LONG = replace(WORK, tokens=2_000)
+ONE_RANK = Sharding(ranks=1, bucket=SMALL_BUCKET, fused=False)
+
+
+def peak_in_blocks_of(segments: int, rows: int) -> int:
+    return footprint(replace(LONG, rows=rows, segments_per_block=segments), ONE_RANK).peak
+
+
+def test_the_largest_block_fits_and_twice_as_much_does_not():
+    free = memory_free(identify())
+    rows = free // peak_in_blocks_of(8, rows=1)  # of a batch with which about 8 segments fill what this machine has
+    chosen = fitting_block(replace(LONG, rows=rows), ONE_RANK, identify())
+    assert peak_in_blocks_of(chosen, rows) < free < peak_in_blocks_of(2 * chosen, rows)
+    with pytest.raises(ValueError, match=r"even blocks of one segment need .* lower batch.micro_rows="):
+        fitting_block(replace(LONG, rows=1000 * rows), ONE_RANK, identify())
+
+
+RANK = """
+import sys, torch.distributed as dist
+from dataclasses import replace
+from infini_ds.training.model import fitting_block
+from infini_ds.training.processes import Process
+from tests.test_plan import LONG, ONE_RANK
+
+rank, neighbours, rows = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}", rank=rank, world_size=2)
+print("chosen", fitting_block(replace(LONG, rows=rows), ONE_RANK, Process(rank, 0, 2, neighbours)))
+"""
+
+
+def test_all_ranks_choose_the_same_block(tmp_path):
+    """One rank has a node to itself, the other shares its own with three more: the smaller room decides."""
+    free = memory_free(identify())
+    rows = free // peak_in_blocks_of(24, rows=1)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), neighbours, str(rows), str(tmp_path / "meeting")],
+            cwd=ROOT,
+            env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, neighbours in enumerate("14")
+    ]
+    first, second = (int(re.search(r"chosen (\d+)", rank.communicate(timeout=120)[0])[1]) for rank in ranks)
+    assert first == second and peak_in_blocks_of(first, rows) < free / 4 < peak_in_blocks_of(2 * first, rows)
