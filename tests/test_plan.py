@@ -31,9 +31,9 @@ def peak_of_a_step(work: Work, bucket: int) -> int:
     """
     from infini_ds.training.engine import build_engine, connect
 
-    connect(identify())
     shape = BatchShape(work.rows * work.accumulation, 1, work.rows)
     recipe = load_recipe(None, [f"batch.rows={shape.rows}"])
+    connect(identify(), recipe.timeout_minutes)
     ds_config = deepspeed_config(ROOT / "ds_configs" / "zero2_cpu.json", recipe, shape, work.precision)
     ds_config["zero_optimization"]["reduce_bucket_size"] = bucket
     batch = {"input_ids": torch.randint(work.config.vocab_size, (work.rows, work.tokens))}
