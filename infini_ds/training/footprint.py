@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.model.loss import CHUNK
+from infini_ds.model.loss import LOGITS
 from infini_ds.training.recipe import BatchShape, Recipe
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -28,10 +28,8 @@ class Work:
         rows, tokens: B and T of a micro-batch.
         segments_per_block: G; None for all segments of a row.
         accumulation: micro-batches a step.
-        masked: rows hold several documents or padding, so attention has masks.
+        packed: rows may hold several documents, so attention has masks.
         checkpointing: a block's activations are computed again in its backward pass.
-        checkpoint_layers: each layer of it too.
-        offload_states: the memory between blocks waits in the host's memory.
     """
 
     config: InfiniGPTNeoConfig
@@ -40,10 +38,8 @@ class Work:
     precision: str
     segments_per_block: int | None = None
     accumulation: int = 1
-    masked: bool = True
+    packed: bool = True
     checkpointing: bool = False
-    checkpoint_layers: bool = False
-    offload_states: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, config: InfiniGPTNeoConfig, shape: BatchShape, tokens: int, precision: str) -> "Work":
@@ -147,40 +143,37 @@ def layer_activations(work: Work) -> int:
     """What autograd keeps of one layer over one block, tensor by tensor as in `model/modeling.py` and `memory.py`."""
     config, a = work.config, BYTES[work.precision]
     E, H, D, n = config.hidden_size, config.num_heads, config.head_dim, work.block_tokens
-    half, delta = a < 4, config.memory_rule != "linear"
     # In the model's precision: inputs of both norms and their outputs; q, k, v; local attention; out_proj's input.
     kept = a * n * (9 * E + 2 * inner_width(config))  # and around the activation function
-    # In fp32, of width E: exp and relu of k and of q; phi(k) and v for dM; phi(q) for numerator and denominator; the
-    # numerator; what is retrieved. In bf16 k, q and local attention once more, as fp32.
-    wide = 10 + 3 * half
-    if delta:  # exp and relu of k again, in bf16 k too; phi(k) for n, the division, and both factors of A
-        wide += 6 + half
-    elif config.position_embedding == "rotary":
-        wide += 2 * (not half)  # k and q before they were turned
+    # In fp32, of width E: phi(k), and phi(k) and v as factors of dM; phi(q), and as factor of numerator and of
+    # denominator; the numerator; what is retrieved; in bf16 local attention once more.
+    wide = 8 + (a < 4)
+    delta = config.memory_rule != "linear"
+    if delta:  # phi(k) as factor of n, both factors of A, and phi(k) of those that write
+        wide += 3 + work.packed
     kept += 4 * n * E * wide
     # Statistics of two norms; per head: log-sum-exp, denominator as it was and as it is held, the gate of each token.
-    kept += 4 * n * (4 + (3 + work.masked) * H)
+    kept += 4 * n * (4 + (3 + work.packed) * H)
     # The memory before each segment. The delta rule keeps both factors of each product too.
     kept += 4 * work.rows * work.G * H * (D * D * (3 if delta else 1) + D)
-    if work.masked:  # each layer makes its own additive mask of the boolean one
+    if _has_masks(work):  # each layer makes its own additive mask of the boolean one
         kept += a * n * work.segment
     return kept
 
 
+def _has_masks(work: Work) -> bool:
+    return work.packed and work.config._attn_implementation != "flex_attention"
+
+
 def loss_bytes(work: Work) -> tuple[int, int]:
-    """Of one block's loss, as in `model/loss.py`: what is kept from its forward to its backward pass, and what is there
-    while it is computed and differentiated.
+    """Of one block's loss, as in `model/loss.py`: its gradients, which are computed with it, and what is there besides
+    while they are.
     """
-    config = work.config
-    E, V = config.hidden_size, config.vocab_size
-    R = work.block_tokens
-    if work.precision == "fp32" and R > CHUNK:
-        # F.linear_cross_entropy computes both gradients in the forward pass and keeps them, checkpointed or not.
-        kept = 4 * (R * E + V * E)
-        chunk = 1 << (math.ceil(R / math.ceil(V / E)) - 1).bit_length() >> 1
-        return kept, kept + 4 * max(1, chunk) * V
-    # log-probabilities, their gradient, the gradient of logits: fp32
-    return 0, 12 * min(R, CHUNK) * V
+    a, E, V = BYTES[work.precision], work.config.hidden_size, work.config.vocab_size
+    n = work.block_tokens
+    logits = min(n, max(1, LOGITS // V)) * V
+    passing = (a + 4) * logits + 4 * V * E  # log-probabilities and logits; the weight's gradient summed in fp32
+    return a * (n * E + V * E), passing - (a * V * E if a == 4 else 0)
 
 
 def footprint(work: Work, sharding: Sharding) -> Footprint:
@@ -198,22 +191,22 @@ def footprint(work: Work, sharding: Sharding) -> Footprint:
     partition = 0 if sharding.offload and not summed_in_place else 4 * share
     bucket = a * sharding.bucket * sharding.buffers
 
-    layer = layer_activations(work)
-    layers = config.num_layers * layer
-    if work.checkpoint_layers:  # each layer's input and memory, and one layer
-        layers = config.num_layers * a * n * E + state_bytes(work) + layer
+    layer, L = layer_activations(work), config.num_layers
+    # Or of each layer its input, with its keys and values until the block is through, and all of one layer.
+    layers = max(L * 3 * a * n * E, L * a * n * E + layer) if config.checkpoint_layers else L * layer
     activations = layers + 2 * a * n * E  # and around the last norm
-    if work.masked:
+    if _has_masks(work):
         activations += 2 * n * work.segment  # a boolean mask of each kind of layer
+    gradients_of_loss, passing = loss_bytes(work)
+    loss = 0
     if not work.checkpointing:
         activations *= work.segments / work.G
-    kept, passing = loss_bytes(work)
-    loss = kept * (work.blocks - 1)
+        loss = gradients_of_loss * (work.blocks - 1)
     # Then either the loss, or the layer that goes backward first: the gradients of its output, of the residual, of the
     # inner width, and of a matrix.
     going_backward = a * (n * (2 * E + F) + E * F)
-    if kept + passing > going_backward:
-        loss += kept + passing
+    if gradients_of_loss + passing > going_backward + a * V * E:
+        loss += gradients_of_loss + passing - a * V * E
     else:
         activations += going_backward
     # A parameter's gradient reaches ZeRO once all of its uses have added to it: with several blocks that is in the last
@@ -233,10 +226,10 @@ def footprint(work: Work, sharding: Sharding) -> Footprint:
     resident = {"weights": weights, "optimizer": 0 if sharding.offload else optimizer}
     computing = resident | {
         "gradients": whole + bucket + earlier,
-        "memory between blocks": state_bytes(work) * (2 + (1 if work.offload_states else work.blocks)),
+        "memory between blocks": state_bytes(work) * (2 + (1 if config.offload_states else work.blocks)),
         "activations": activations,
         "loss and logits": loss,
-        "token ids": 8 * B * work.tokens * (6 if work.masked else 4),
+        "token ids": 8 * B * work.tokens * (6 if work.packed else 4),
     }
     step = resident | {"gradients": partition}
     if not sharding.offload:
