@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,10 @@ MODULES = [
     *("argparse", "ast", "calendar", "configparser", "csv", "difflib", "fractions", "gettext", "heapq", "inspect"),
     *("locale", "optparse", "pickle", "plistlib", "random", "shlex", "statistics", "string", "tarfile", "textwrap"),
 ]
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how often tests/test_faults.py kills its job")
 
 
 @pytest.fixture(scope="session")
@@ -115,11 +120,50 @@ def pretrain(shards: Path, output: Path, name: str, *overrides: str, shape: list
     train(training)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, ranks: int, code: int = 0):
     """Run launch/pretrain.py by the deepspeed launcher."""
     arguments = ["launch/pretrain.py", f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides]
     launcher = Path(sys.executable).with_name("deepspeed")
-    return run_script("--num_gpus", ranks, "--log_level", "error", *arguments, program=launcher, code=code)
+    options = ["--num_gpus", ranks, "--master_port", free_port(), "--log_level", "error"]
+    return run_script(*options, *arguments, program=launcher, code=code)
+
+
+def start_ranks(ranks: int, *arguments: str) -> list[subprocess.Popen]:
+    """Start launch/pretrain.py as `ranks` plain processes, which saves the launcher's own seconds; each leads a process
+    group of its own, so that os.killpg reaches its workers too.
+    """
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        subprocess.Popen(
+            [sys.executable, "launch/pretrain.py", *arguments],
+            cwd=ROOT,
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def run_ranks(ranks: int, *arguments: str) -> str:
+    """The same to the end, without fault; returns the first rank's output."""
+    processes = start_ranks(ranks, *arguments)
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
+    return outputs[0]
 
 
 @pytest.fixture(scope="session")

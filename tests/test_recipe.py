@@ -69,6 +69,8 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
         ("steps=[1", ["steps=[1", "key=value"]),
         ("name=a/b", ["name='a/b'", "output="]),
         ("deepspeed=nowhere.json", ["deepspeed=nowhere.json"]),
+        ("checkpoint.keep_every=-1", ["checkpoint.keep_every=-1", "at least 0"]),
+        ("checkpoint.keep_best=maybe", ["checkpoint.keep_best", "maybe"]),
     ],
 )
 def test_mistakes_get_a_sentence(override, words):
@@ -76,6 +78,12 @@ def test_mistakes_get_a_sentence(override, words):
         load_recipe(None, ["batch.rows=4", override])
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("every", [0, 300])
+def test_the_best_checkpoint_needs_a_validation_each_time(every):
+    with pytest.raises(ValueError, match=rf"keep_best=true .* checkpoint.every=500 .* validation.every={every}"):
+        load_recipe(None, ["batch.rows=4", "checkpoint.keep_best=true", f"validation.every={every}"])
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -95,6 +103,7 @@ def test_missing_and_broken_files(tmp_path):
         ({"zero_optimisation": {}}, ["zero_optimisation", "zero_optimization"]),
         ({"zero_optimization": {"stage": 3}}, ["stage=3"]),
         ({"train_batch_size": 5}, ["train_batch_size=5", "auto"]),
+        ({"checkpoint": {"writer": {"decoupled": True}}}, ["checkpoint=", "decoupled", "leave it out"]),
         ({"gradient_clipping": 9.0}, ["gradient_clipping=9.0", "auto"]),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 from infini_ds.conversion.locate import Source
 from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.training import checkpoints
+from infini_ds.training.marks import read_mark
 from infini_ds.training.metrics import read_metrics
 
 CARD = """---
@@ -46,11 +46,11 @@ def fill_card(name: str, config: InfiniGPTNeoConfig, origin: str) -> str:
 def model_card(source: Source) -> str:
     """The card of a checkpoint, from what its run wrote down."""
     config = InfiniGPTNeoConfig.from_pretrained(source.checkpoint)
-    mark = checkpoints.read_mark(source.checkpoint)
+    stands = read_mark(source.checkpoint).state
     recipe = (source.run / "recipe.yaml").read_text()
     data = json.loads((source.run / "data_manifest.json").read_text())
-    results = [line for line in read_metrics(source.run) if "validation/loss" in line and line["step"] <= mark["step"]]
-    origin = f"## Training\nStep {mark['step']}, {mark['tokens']:,} tokens.\n"
+    results = [line for line in read_metrics(source.run) if "validation/loss" in line and line["step"] <= stands.step]
+    origin = f"## Training\nStep {stands.step}, {stands.tokens:,} tokens.\n"
     if results:
         last = results[-1]
         origin += (

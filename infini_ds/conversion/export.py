@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from infini_ds.conversion.card import model_card
 from infini_ds.conversion.locate import Source, load_model
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.training.checkpoints import MARK
+from infini_ds.training.marks import MARK
 
 
 def export(source: Source, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.training import checkpoints
+from infini_ds.training.marks import MARK, damage, good_checkpoints
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ def locate(path: str | Path) -> Source:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; give an exported folder, a run, or a checkpoint")
-    if (path / checkpoints.MARK).is_file():
+    if (path / MARK).is_file():
         run = path.resolve().parent.parent
         if not (run / "recipe.yaml").is_file():
             raise ValueError(f"{path}: a checkpoint is read from inside its run, and {run} is none (no recipe.yaml)")
         return Source(path, path, run)
     if (path / "checkpoints").is_dir():
-        good = checkpoints.good_checkpoints(path)
+        good = good_checkpoints(path)
         if not good:
             raise ValueError(f"{path}: this run has no finished checkpoint yet")
         return Source(path, good[-1], path)
@@ -50,15 +50,24 @@ def locate(path: str | Path) -> Source:
         return Source(path, None, None)
     raise ValueError(
         f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a finished checkpoint "
-        f"({checkpoints.MARK})"
+        f"({MARK})"
     )
 
 
 def load_model(source: Source) -> InfiniGPTNeoForCausalLM:
-    """The model in fp32, ready for evaluation."""
+    """The model in fp32, ready for evaluation.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
     disable_progress_bar()
     if source.checkpoint is None:
         return InfiniGPTNeoForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    if damaged := damage(source.checkpoint):
+        raise ValueError(
+            f"{source.checkpoint} is damaged: {'; '.join(damaged)}; give another checkpoint of the run, which "
+            f"python launch/checkpoint.py list {source.run} shows"
+        )
     from infini_ds.conversion.zero import full_weights
 
     config = InfiniGPTNeoConfig.from_pretrained(source.checkpoint)

@@ -13,7 +13,7 @@ from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import plots
 from infini_ds.evaluation.generation import bound_prompts, prompt_ids
-from infini_ds.training.checkpoints import read_mark
+from infini_ds.training.marks import read_mark
 from infini_ds.training.metrics import read_metrics
 from infini_ds.training.progress import ProgressBar
 from infini_ds.training.validation import PositionLosses, position_losses
@@ -55,7 +55,7 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     if not trained:
         raise ValueError(f"{run} has recorded no training step yet")
     source = locate(run)
-    mark = read_mark(source.checkpoint)
+    stands = read_mark(source.checkpoint).state
     model, tokenizer = load_model(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bound_prompts(model)
@@ -75,8 +75,8 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
         model=model_folder,
         parameters=sum(p.numel() for p in model.parameters()),
         segment_length=model.config.segment_length,
-        step=mark["step"],
-        tokens=mark["tokens"],
+        step=stands.step,
+        tokens=stands.tokens,
         rows=rows,
         on=on,
         off=off,

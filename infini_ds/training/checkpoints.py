@@ -1,116 +1,167 @@
-"""Checkpoints of a run: folders `step-000100` with all that the next step needs, the newest good one, the last N kept.
+"""Checkpoints of a run: folders `step-000100` with all that the next step needs, written and read by all its ranks.
 
-A checkpoint is good once its `checkpoint.json` stands, which is written last; one half written at a crash has none.
+A checkpoint is good once its mark stands, which is written last (`marks`). So a crash at any instant leaves the last
+good one; what is half written is passed over, and so is what has changed on the disk since.
 """
 
-import json
-import os
-import random
-import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from math import isfinite
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-MARK = "checkpoint.json"
+from infini_ds.training.marks import (
+    MARK,
+    Mark,
+    TrainState,
+    damage,
+    good_checkpoints,
+    read_mark,
+    seal,
+    sync_folder,
+    unfinished_checkpoints,
+    write_mark,
+)
+from infini_ds.training.processes import is_of_contact
+from infini_ds.training.randomness import random_states, restore_random_states, seed_everything
+from infini_ds.training.recipe import CheckpointRecipe
+from infini_ds.training.resharding import load_universal, universal
 
 
-@dataclass
-class TrainState:
-    """Where the run stands."""
-
-    step: int = 0
-    tokens: int = 0
-    validated: int = -1  # the step of the last validation
-
-
-def good_checkpoints(run: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step-*/" + MARK)
-    return sorted((mark.parent for mark in found), key=lambda folder: int(re.search(r"\d+$", folder.name).group()))
-
-
-def read_mark(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / MARK).read_text())
-
-
-def save(engine, run: Path, state: TrainState, data_state: dict, keep_last: int) -> Path:
-    """Write the checkpoint of `state.step`, by all ranks together, and remove all but the last `keep_last`.
+def save(engine, run: Path, state: TrainState, data_state: dict, keep: CheckpointRecipe) -> Path:
+    """Write the checkpoint of `state.step`, by all ranks together, then remove those that `keep` does not name.
 
     Raises:
         ValueError: it could not be written, for want of room or rights.
     """
     folder = run / "checkpoints" / f"step-{state.step:06d}"
-    rank = dist.get_rank()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0 and folder.exists():
-        shutil.rmtree(folder)  # half written by a run that was killed
+        remove(folder)  # half written by a run that was killed, or damaged
     dist.barrier()
     try:
         engine.save_checkpoint(
             str(folder.parent), tag=folder.name, client_state={"data": data_state}, save_latest=False
         )
-        torch.save(_random_states(), folder / f"random-states-{rank}.pt")
+        torch.save(random_states(), folder / f"random-states-{rank}.pt")
+        if rank == 0:
+            engine.module.config.save_pretrained(folder)
+        sums = [None] * world_size
+        dist.all_gather_object(sums, {file.name: seal(file) for file in _files_of(rank, folder)})
+        if rank == 0:
+            files = {name: file for of_rank in sums for name, file in of_rank.items()}
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            write_mark(folder, Mark(state, world_size, now, torch.__version__, files))
     except (OSError, RuntimeError) as error:  # torch.save on a full disk raises RuntimeError
+        if is_of_contact(error):
+            raise
         free = shutil.disk_usage(run).free / 2**20
         raise ValueError(
             f"the checkpoint of step {state.step} could not be written to {folder}, where {free:,.0f} MiB are free: "
             f"make room, or give another output=; the same command goes on from the checkpoint before ({error})"
         ) from error
-    dist.barrier()
     if rank == 0:
-        engine.module.config.save_pretrained(folder)
-        mark = asdict(state) | {"world_size": dist.get_world_size(), "torch": torch.__version__}
-        partial = folder / (MARK + ".partial")
-        partial.write_text(json.dumps(mark, indent=1))
-        os.replace(partial, folder / MARK)
-        kept = good_checkpoints(run)[-keep_last:]
-        for old in set(folder.parent.glob("step-*")) - set(kept):
-            (old / MARK).unlink(missing_ok=True)  # no good checkpoint any more, however far the removal gets
-            shutil.rmtree(old)
+        remove_surplus(run, state.step, keep)
     dist.barrier()
     return folder
 
 
-def read_state(checkpoint: Path) -> TrainState:
+def _files_of(rank: int, folder: Path) -> list[Path]:
+    """What this rank wrote: its part of the optimizer, its random states; the first one all else."""
+    patterns = [f"*zero_pp_rank_{rank}_mp_rank_*", f"random-states-{rank}.pt"]
+    if rank == 0:
+        patterns += ["mp_rank_*", "config.json"]
+    return [file for pattern in patterns for file in folder.glob(pattern)]
+
+
+def remove(folder: Path) -> None:
+    """Take the mark off first, so that what is left of the folder is never taken for a checkpoint."""
+    (folder / MARK).unlink(missing_ok=True)
+    sync_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # what a file system holds back goes with the next removal
+
+
+def remove_surplus(run: Path, step: int, keep: CheckpointRecipe) -> None:
+    """Remove what is not to be kept, now that the checkpoint of `step` stands: also unfinished ones, and those of later
+    steps, which a run leaves behind that has gone back.
+    """
+    marks = {}
+    for folder in good_checkpoints(run):
+        try:
+            marks[folder] = read_mark(folder)
+        except ValueError:
+            continue  # damaged
+    kept = steps_to_keep((mark for mark in marks.values() if mark.state.step <= step), keep)
+    whole = {folder for folder, mark in marks.items() if mark.state.step in kept}
+    for folder in set((run / "checkpoints").glob("step-*")) - whole:
+        remove(folder)
+
+
+def steps_to_keep(marks: Iterable[Mark], keep: CheckpointRecipe) -> set[int]:
+    """The last `keep_last`, those whose step `keep_every` divides, and the one of the lowest validation loss."""
+    marks = sorted(marks, key=lambda mark: mark.state.step)
+    kept = {mark.state.step for mark in marks[-keep.keep_last :]}
+    if keep.keep_every:
+        kept |= {mark.state.step for mark in marks if mark.state.step % keep.keep_every == 0}
+    judged = [mark for mark in marks if mark.validation_loss is not None and isfinite(mark.validation_loss)]
+    if keep.keep_best and judged:
+        kept.add(min(judged, key=lambda mark: mark.validation_loss).state.step)
+    return kept
+
+
+def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written, the same on every rank; None if the run has none.
+
+    The first rank says which there are, since a shared file system may show the others less. The files are shared out
+    for reading. `say` gets a sentence for each checkpoint that is passed over.
+
+    Raises:
+        ValueError: there are finished checkpoints, and all are damaged.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    listed = [(good_checkpoints(run), unfinished_checkpoints(run))]
+    dist.broadcast_object_list(listed)
+    good, unfinished = listed[0]
+    for folder in unfinished:
+        say(f"{folder} is passed over: it is not finished (no {MARK})")
+    for checkpoint in reversed(good):
+        seen = [None] * world_size
+        dist.all_gather_object(seen, damage(checkpoint, rank, world_size))
+        found = dict.fromkeys(sentence for of_rank in seen for sentence in of_rank)
+        if not found:
+            return checkpoint
+        say(f"{checkpoint} is passed over, it is damaged: {'; '.join(found)}")
+    if good:
+        raise ValueError(
+            f"all checkpoints of {run} are damaged, the oldest too ({next(iter(found))}): bring one back from a copy, "
+            "or begin anew with another name="
+        )
+    return None
+
+
+def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:
+    """Put the engine and the random states back, at any time; returns where the run stood and the state of the data.
+
+    A checkpoint of another number of ranks is converted on the way. Its random states belong to other ranks: each rank
+    then gets new ones, that its own seed and the step determine.
+
+    Raises:
+        ValueError: the conversion failed.
+    """
     mark = read_mark(checkpoint)
-    return TrainState(mark["step"], mark["tokens"], mark.get("validated", mark["step"]))
-
-
-def load(engine, checkpoint: Path) -> dict:
-    """Put the engine and the random states back; returns the state of the data."""
-    _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    states = torch.load(checkpoint / f"random-states-{dist.get_rank()}.pt", weights_only=False)
-    _restore_random_states(states)
+    if mark.world_size == dist.get_world_size():
+        _, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        states = torch.load(checkpoint / f"random-states-{dist.get_rank()}.pt", weights_only=False)
+        restore_random_states(states)
+    else:
+        with universal(checkpoint) as folder:
+            client_state = load_universal(engine, folder)
+        seed_everything(torch.initial_seed() + mark.state.step)
     # DeepSpeed restores the learning rates too: those of the schedule that was, if the recipe's has changed.
     schedule = engine.lr_scheduler
     for group, peak, of_step in zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = peak * of_step(schedule.last_epoch)
-    return client_state["data"]
-
-
-def check_ranks(checkpoint: Path, world_size: int) -> None:
-    """Raise a ValueError if the checkpoint was written by another number of ranks."""
-    theirs = read_mark(checkpoint)["world_size"]
-    if theirs != world_size:
-        raise ValueError(
-            f"{checkpoint} was written by {theirs} ranks and this run has {world_size}: start {theirs} ranks, or begin "
-            "a new run with name= and model.start_from= an export of it"
-        )
-
-
-def _random_states() -> dict:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(states: dict) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    return mark.state, client_state["data"]

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 # The keys of DeepSpeed 0.19 that this project's engine supports.
 KNOWN_KEYS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
-    "zero_optimization", "communication_data_type", "data_types", "torch_autocast", "checkpoint",
+    "zero_optimization", "communication_data_type", "data_types", "torch_autocast",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "steps_per_print",
     "prescale_gradients", "gradient_predivide_factor", "flops_profiler", "comms_logger", "dump_state",
     "disable_allgather", "data_efficiency", "aio", "timers",
@@ -33,6 +33,11 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed={path} is not JSON: {error}") from error
+    if "checkpoint" in config:
+        raise ValueError(
+            f"checkpoint={config['checkpoint']} in deepspeed={path}: DeepSpeed's other ways to write checkpoints lose "
+            "what this project promises of them (docs/architecture.md), so leave it out"
+        )
     for key in config:
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)

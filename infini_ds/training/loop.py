@@ -58,9 +58,8 @@ def train(run: Training, stop: Stop | None = None) -> bool:
                 if not stop.agree(run.process.device) and validation_is_due(run):
                     validate(run, metrics, progress, stop)
                 if state.step % recipe.checkpoint.every == 0 or last or stop.agreed:
-                    folder = checkpoints.save(
-                        run.engine, recipe.folder, state, run.stream.state_dict(), recipe.checkpoint.keep_last
-                    )
+                    data_state = run.stream.state_dict()
+                    folder = checkpoints.save(run.engine, recipe.folder, state, data_state, recipe.checkpoint)
                     progress.say(f"step {state.step}: checkpoint in {folder}")
         if state.step < recipe.steps:
             progress.say(
@@ -134,7 +133,7 @@ def validate(run: Training, metrics: Metrics | None, progress: ProgressBar, stop
             return
         means.append(losses.mean)
     loss, without = means
-    run.state.validated = run.state.step
+    run.state.validated, run.state.validation_loss = run.state.step, loss
     if metrics:
         metrics.record(
             run.state.step,

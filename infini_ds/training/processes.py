@@ -111,7 +111,7 @@ def launch(main) -> None:
 def give_up(error: Exception) -> NoReturn:
     """Say what is wrong on this rank, and end without waiting for threads and data workers that wait for others."""
     rank = os.environ["RANK"]
-    if _is_of_contact(error):
+    if is_of_contact(error):
         missing = ", ".join(map(str, missing_ranks())) or "another one, which answers again"
         # Without gloo's place in its source, and its advice.
         reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0].splitlines()[0]
@@ -127,7 +127,8 @@ def give_up(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def _is_of_contact(error: Exception) -> bool:
+def is_of_contact(error: Exception) -> bool:
+    """Whether a collective operation failed, for another rank that is gone or too late."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
 

@@ -78,6 +78,8 @@ class ValidationRecipe:
 class CheckpointRecipe:
     every: int = 500  # steps; the last step always writes one
     keep_last: int = 2
+    keep_every: int = 0  # steps: those whose step it divides are kept too; 0: none
+    keep_best: bool = False  # keep the one with the lowest validation loss too
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ def check(recipe: Recipe) -> None:
         ("schedule.warmup_steps", recipe.schedule.warmup_steps),
         ("schedule.decay_steps", recipe.schedule.decay_steps),
         ("validation.every", recipe.validation.every),
+        ("checkpoint.keep_every", recipe.checkpoint.keep_every),
         ("data.workers", recipe.data.workers),
         ("data.seed", recipe.data.seed),
         ("seed", recipe.seed),
@@ -235,6 +238,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"schedule.warmup_steps={recipe.schedule.warmup_steps} and schedule.decay_steps="
             f"{recipe.schedule.decay_steps} are more than steps={recipe.steps}: shorten them"
+        )
+    if recipe.checkpoint.keep_best and (
+        not recipe.validation.every or recipe.checkpoint.every % recipe.validation.every
+    ):
+        raise ValueError(
+            f"checkpoint.keep_best=true needs a validation at each checkpoint: make checkpoint.every="
+            f"{recipe.checkpoint.every} a multiple of validation.every={recipe.validation.every}"
         )
     if recipe.deepspeed != "auto" and not Path(recipe.deepspeed).is_file():
         raise ValueError(f"deepspeed={recipe.deepspeed} is no file: give a DeepSpeed JSON file, or auto")

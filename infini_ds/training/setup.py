@@ -2,12 +2,10 @@
 
 import json
 import os
-import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -16,11 +14,12 @@ from data_prep.manifest import load_manifest
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training import checkpoints
-from infini_ds.training.checkpoints import TrainState
 from infini_ds.training.deepspeed_config import deepspeed_config, default_file
 from infini_ds.training.footprint import Sharding, Work
+from infini_ds.training.marks import TrainState
 from infini_ds.training.model import build_model, fitting_block, model_config
 from infini_ds.training.processes import Process
+from infini_ds.training.randomness import seed_everything
 from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 
 # What may differ between the recipe that began a run and the one that goes on with it.
@@ -58,30 +57,21 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def newest_checkpoint(recipe: Recipe, process: Process) -> tuple[Path | None, TrainState]:
-    """The checkpoint to go on from and where it stands, as the first rank sees it: a shared file system may show others
-    less.
+def newest_checkpoint(recipe: Recipe, process: Process) -> Path | None:
+    """The checkpoint to go on from, the same on all ranks.
 
     Raises:
-        ValueError: there is one, but the recipe asks for a new run, makes other numbers, or has other ranks.
+        ValueError: there is one, but the recipe asks for a new run or makes other numbers; or all are damaged.
     """
-    good = checkpoints.good_checkpoints(recipe.folder)
-    if good and not recipe.resume:
+    found = [checkpoints.good_checkpoints(recipe.folder)]
+    dist.broadcast_object_list(found)  # of the first rank: a shared file system may show others less
+    if found[0] and not recipe.resume:
         raise ValueError(
             f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
         )
-    if good:
+    if found[0]:
         check_same_run(recipe)
-        checkpoints.check_ranks(good[-1], process.world_size)
-    choice = [(good[-1], checkpoints.read_state(good[-1])) if good else (None, TrainState())]
-    dist.broadcast_object_list(choice)
-    return choice[0]
+    return checkpoints.newest_whole(recipe.folder, say=print if process.is_first else lambda _: None)
 
 
 def set_up(recipe: Recipe, process: Process) -> Training | None:
@@ -100,7 +90,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     from infini_ds.training.engine import build_engine, connect
 
     connect(process, recipe.timeout_minutes)
-    newest, state = newest_checkpoint(recipe, process)
+    newest = newest_checkpoint(recipe, process)
+    state = checkpoints.read_mark(newest).state if newest else TrainState()
     if state.step >= recipe.steps:
         return None
     if recipe.model.segments_per_block == "auto":
@@ -115,7 +106,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     engine = build_engine(model, recipe, ds_config, process.device)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     if newest:
-        stream.load_state_dict(checkpoints.load(engine, newest))
+        _, data_state = checkpoints.load(engine, newest)
+        stream.load_state_dict(data_state)
     return Training(
         recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest
     )

@@ -1,0 +1,103 @@
+"""What checkpoints a run has, what is in one, and whether they are whole.
+
+python launch/checkpoint.py list runs/tiny
+python launch/checkpoint.py inspect runs/tiny/checkpoints/step-000100
+python launch/checkpoint.py verify runs/tiny          all of a run, or one checkpoint; exit code 1 if one is damaged
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from infini_ds.training.marks import MARK, Mark, damage, good_checkpoints, read_mark, unfinished_checkpoints
+from infini_ds.training.processes import launch
+
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | inspect | verify")
+    commands.add_parser("list", help="the checkpoints of a run").add_argument("path", type=Path, metavar="RUN")
+    commands.add_parser("inspect", help="what is in one").add_argument("path", type=Path, metavar="CHECKPOINT")
+    verify = commands.add_parser("verify", help="read every file and compare its sha256")
+    verify.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    args = parser.parse_args()
+    {"list": list_run, "inspect": inspect, "verify": verify_all}[args.command](args.path)
+
+
+def finished(path: Path) -> list[Path]:
+    """The finished checkpoints that a path names: itself, or those of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MARK).is_file():
+        return [path]
+    good = good_checkpoints(path)
+    if not good:
+        raise ValueError(f"{path} is neither a finished checkpoint ({MARK}) nor a run that has one (checkpoints/)")
+    return good
+
+
+def list_run(run: Path) -> None:
+    table = Table("checkpoint", "tokens", "validation loss", "ranks", "MiB", "written (UTC)", "state", box=None)
+    for checkpoint in finished(run):
+        found = damage(checkpoint, read=False)
+        try:
+            cells = cells_of(read_mark(checkpoint))
+        except ValueError:
+            cells = [""] * 5
+        table.add_row(checkpoint.name, *cells, f"damaged: {'; '.join(found)}" if found else "finished")
+    for checkpoint in unfinished_checkpoints(run):
+        table.add_row(checkpoint.name, *[""] * 5, "unfinished")
+    show(table)
+
+
+def cells_of(mark: Mark) -> list[str]:
+    loss = "" if mark.validation_loss is None else f"{mark.validation_loss:.4f}"
+    size = sum(file.bytes for file in mark.files.values()) / MIB
+    written = mark.written.partition("+")[0].replace("T", " ")
+    return [f"{mark.state.tokens:,}", loss, str(mark.world_size), f"{size:,.1f}", written]
+
+
+def inspect(checkpoint: Path) -> None:
+    mark = read_mark(checkpoint)
+    loss = "not measured" if mark.validation_loss is None else f"{mark.validation_loss:.6f}"
+    facts = {
+        "checkpoint": checkpoint,
+        "step": f"{mark.state.step:,}",
+        "tokens seen": f"{mark.state.tokens:,}",
+        "validation loss": loss,
+        "written": f"{mark.written} by {mark.world_size} ranks, with torch {mark.torch}",
+    }
+    print("\n".join(f"{name:>15}  {value}" for name, value in facts.items()) + "\n", flush=True)
+    table = Table("file", "bytes", "sha256", box=None)
+    for name, file in sorted(mark.files.items()):
+        table.add_row(name, f"{file.bytes:,}", file.sha256)
+    show(table)
+
+
+def verify_all(path: Path) -> None:
+    damaged = 0
+    for checkpoint in finished(path):
+        found = damage(checkpoint)
+        damaged += bool(found)
+        print(f"{checkpoint}: {'; '.join(found) or 'whole'}", flush=True)
+    for checkpoint in unfinished_checkpoints(path):
+        print(f"{checkpoint}: unfinished, no run goes on from it", flush=True)
+    sys.exit(1 if damaged else 0)
+
+
+def show(table: Table) -> None:
+    """As wide as the terminal; in a log file or a pipe nothing is wrapped."""
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False).print(table)
+
+
+if __name__ == "__main__":
+    launch(main)

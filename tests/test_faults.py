@@ -1,0 +1,114 @@
+"""A job of two ranks that is killed again and again, in the middle of saving too, ends as one that was never stopped.
+
+pytest tests/test_faults.py --kills=20 -s      the long version, with its figures as they come
+"""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, run_ranks, start_ranks
+
+from infini_ds.conversion.locate import load_model, locate
+from infini_ds.training.marks import good_checkpoints, unfinished_checkpoints
+from infini_ds.training.metrics import read_metrics
+
+RANKS = 2
+LIMIT = 180.0  # seconds for a start
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+def kill(processes) -> str:
+    """SIGKILL to all processes of the job, workers included; then what they leave in shared memory goes. Returns what
+    the first rank had said.
+    """
+    segments = set()
+    for process in processes:
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        segments |= set(re.findall(r"/dev/shm/\S+", maps))
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    outputs = [process.communicate()[0] for process in processes]
+    for segment in segments:
+        Path(segment).unlink(missing_ok=True)
+    return outputs[0]
+
+
+def wait_until(processes, condition) -> None:
+    """Look every millisecond, as long as the job lives."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), "the job has come to its end before its kill"
+        time.sleep(0.001)
+
+
+def half_written(run: Path, since: int) -> list[Path]:
+    """Checkpoints that a job, started at `since` (ns), has begun to write, or to remove, and not finished."""
+    found = []
+    for folder in unfinished_checkpoints(run):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_mtime_ns > since:
+                found.append(folder)
+    return found
+
+
+@pytest.mark.timeout(3600)
+def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
+    """Kills at drawn instants, by turns: while it trains, while it writes a checkpoint, while it starts."""
+    kills, draw = request.config.getoption("--kills"), random.Random(0)
+    steps = 8 * kills
+    recipe = ["batch.rows=4", "batch.micro_rows=2", f"steps={steps}", "log_every=1", "validation.every=0"]
+    recipe += ["optimizer.learning_rate=0.005", "schedule.warmup_steps=4", "checkpoint.every=2"]
+    arguments = [f"data.path={shards}", f"output={tmp_path}", *SHAPE, *recipe]
+    run_ranks(RANKS, *arguments, "name=whole")
+
+    run, while_saving, passed_over = tmp_path / "killed", 0, 0
+    for number in range(kills):
+        kind = ("training", "saving", "starting")[number % 3]
+        before = len(losses(run))
+        since, processes = time.time_ns(), start_ranks(RANKS, *arguments, "name=killed")
+        try:
+            if kind == "starting":
+                time.sleep(draw.uniform(1, 8))
+            elif kind == "training":  # metrics beyond the checkpoint are cut off at the start, then they grow
+                wait_until(processes, lambda recorded=before: len(losses(run)) not in (0, recorded))
+                time.sleep(draw.uniform(0, 0.5))
+            else:
+                wait_until(processes, lambda started=since: half_written(run, started))
+                time.sleep(draw.uniform(0, 0.04))
+        finally:
+            output = kill(processes)
+        half, good = half_written(run, since), good_checkpoints(run)
+        while_saving += bool(half)
+        passed_over += "is not finished" in output
+        print(
+            f"kill {number + 1}, {kind}: {len(losses(run))} of {steps} steps recorded, "
+            f"{good[-1].name if good else 'no checkpoint'} stands, {half[-1].name if half else 'none'} is half done",
+            flush=True,
+        )
+    passed_over += "is not finished" in run_ranks(RANKS, *arguments, "name=killed")
+
+    a, b = (load_model(locate(folder)).state_dict() for folder in (run, tmp_path / "whole"))
+    equal = [name for name in a if torch.equal(a[name], b[name])]
+    ours, theirs = losses(run), losses(tmp_path / "whole")
+    print(
+        f"{kills} kills, {while_saving} with a checkpoint half done, passed over at {passed_over} starts; "
+        f"{sum(x == y for x, y in zip(ours, theirs, strict=True))} of {steps} losses and {len(equal)} of {len(a)} "
+        f"tensors equal; last loss {ours[-1]!r}, of the run never stopped {theirs[-1]!r}"
+    )
+    assert while_saving >= kills // 3
+    assert ours == theirs
+    assert len(equal) == len(a)
