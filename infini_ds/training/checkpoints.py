@@ -5,7 +5,7 @@ good one; what is half written is passed over, and so is what has changed on the
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from math import isfinite
 from pathlib import Path
@@ -112,11 +112,11 @@ def steps_to_keep(marks: Iterable[Mark], keep: CheckpointRecipe) -> set[int]:
     return kept
 
 
-def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written, the same on every rank; None if the run has none.
 
     The first rank says which there are, since a shared file system may show the others less. The files are shared out
-    for reading. `say` gets a sentence for each checkpoint that is passed over.
+    for reading. The first rank prints a sentence for each checkpoint that is passed over.
 
     Raises:
         ValueError: there are finished checkpoints, and all are damaged.
@@ -125,21 +125,24 @@ def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
     listed = [(good_checkpoints(run), unfinished_checkpoints(run))]
     dist.broadcast_object_list(listed)
     good, unfinished = listed[0]
-    for folder in unfinished:
-        say(f"{folder} is passed over: it is not finished (no {MARK})")
+    sentences = [f"{folder} is passed over: it is not finished (no {MARK})" for folder in unfinished]
     for checkpoint in reversed(good):
         seen = [None] * world_size
         dist.all_gather_object(seen, damage(checkpoint, rank, world_size))
         found = dict.fromkeys(sentence for of_rank in seen for sentence in of_rank)
         if not found:
-            return checkpoint
-        say(f"{checkpoint} is passed over, it is damaged: {'; '.join(found)}")
-    if good:
+            break
+        sentences.append(f"{checkpoint} is passed over, it is damaged: {'; '.join(found)}")
+    if rank == 0:
+        print("\n".join(sentences), end="\n" if sentences else "", flush=True)
+    if not good:
+        return None
+    if found:
         raise ValueError(
             f"all checkpoints of {run} are damaged, the oldest too ({next(iter(found))}): bring one back from a copy, "
             "or begin anew with another name="
         )
-    return None
+    return checkpoint
 
 
 def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:

@@ -21,7 +21,7 @@ SECONDS = 2.0  # between two looks at the conversion
 def universal(checkpoint: Path) -> Iterator[Path]:
     """The checkpoint in universal format, in a scratch folder beside it that lasts for the `with` block.
 
-    The first rank converts, in a process of its own, which needs three times the room of the optimizer's files.
+    The first rank converts, in a process of its own; the scratch folder takes about twice the room of the checkpoint.
 
     Raises:
         ValueError: the conversion failed.

@@ -57,7 +57,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def newest_checkpoint(recipe: Recipe, process: Process) -> Path | None:
+def newest_checkpoint(recipe: Recipe) -> Path | None:
     """The checkpoint to go on from, the same on all ranks.
 
     Raises:
@@ -71,7 +71,7 @@ def newest_checkpoint(recipe: Recipe, process: Process) -> Path | None:
         )
     if found[0]:
         check_same_run(recipe)
-    return checkpoints.newest_whole(recipe.folder, say=print if process.is_first else lambda _: None)
+    return checkpoints.newest_whole(recipe.folder)
 
 
 def set_up(recipe: Recipe, process: Process) -> Training | None:
@@ -90,7 +90,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     from infini_ds.training.engine import build_engine, connect
 
     connect(process, recipe.timeout_minutes)
-    newest = newest_checkpoint(recipe, process)
+    newest = newest_checkpoint(recipe)
     state = checkpoints.read_mark(newest).state if newest else TrainState()
     if state.step >= recipe.steps:
         return None
