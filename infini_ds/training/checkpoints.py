@@ -122,27 +122,29 @@ def newest_whole(run: Path) -> Path | None:
         ValueError: there are finished checkpoints, and all are damaged.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    def say(sentence: str) -> None:
+        if rank == 0:
+            print(sentence, flush=True)
+
     listed = [(good_checkpoints(run), unfinished_checkpoints(run))]
     dist.broadcast_object_list(listed)
     good, unfinished = listed[0]
-    sentences = [f"{folder} is passed over: it is not finished (no {MARK})" for folder in unfinished]
+    for folder in unfinished:
+        say(f"{folder} is passed over: it is not finished (no {MARK})")
     for checkpoint in reversed(good):
         seen = [None] * world_size
         dist.all_gather_object(seen, damage(checkpoint, rank, world_size))
         found = dict.fromkeys(sentence for of_rank in seen for sentence in of_rank)
         if not found:
-            break
-        sentences.append(f"{checkpoint} is passed over, it is damaged: {'; '.join(found)}")
-    if rank == 0:
-        print("\n".join(sentences), end="\n" if sentences else "", flush=True)
-    if not good:
-        return None
-    if found:
+            return checkpoint
+        say(f"{checkpoint} is passed over, it is damaged: {'; '.join(found)}")
+    if good:
         raise ValueError(
             f"all checkpoints of {run} are damaged, the oldest too ({next(iter(found))}): bring one back from a copy, "
             "or begin anew with another name="
         )
-    return checkpoint
+    return None
 
 
 def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:
