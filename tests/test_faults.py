@@ -55,13 +55,15 @@ def wait_until(processes, condition) -> None:
         time.sleep(0.001)
 
 
-def half_written(run: Path, since: int) -> list[Path]:
-    """Checkpoints that a job, started at `since` (ns), has begun to write, or to remove, and not finished."""
-    found = []
+def half_written(run: Path, since: int) -> dict[Path, int]:
+    """The checkpoints that a job, started at `since` (ns), has not finished writing, or removing: how many files each
+    has.
+    """
+    found = {}
     for folder in unfinished_checkpoints(run):
         with contextlib.suppress(FileNotFoundError):
             if folder.stat().st_mtime_ns > since:
-                found.append(folder)
+                found[folder] = len(os.listdir(folder))
     return found
 
 
@@ -87,16 +89,17 @@ def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
                 wait_until(processes, lambda recorded=before: len(losses(run)) not in (0, recorded))
                 time.sleep(draw.uniform(0, 0.5))
             else:
-                wait_until(processes, lambda started=since: half_written(run, started))
-                time.sleep(draw.uniform(0, 0.04))
+                files = draw.randrange(6)
+                wait_until(processes, lambda n=files, t=since: any(has >= n for has in half_written(run, t).values()))
         finally:
             output = kill(processes)
-        half, good = half_written(run, since), good_checkpoints(run)
+        half = [f"{folder.name} with {has} files" for folder, has in half_written(run, since).items()]
+        good = good_checkpoints(run)
         while_saving += bool(half)
         passed_over += "is not finished" in output
         print(
             f"kill {number + 1}, {kind}: {len(losses(run))} of {steps} steps recorded, "
-            f"{good[-1].name if good else 'no checkpoint'} stands, {half[-1].name if half else 'none'} is half done",
+            f"{good[-1].name if good else 'no checkpoint'} stands, {', '.join(half) or 'none'} half done",
             flush=True,
         )
     passed_over += "is not finished" in run_ranks(RANKS, *arguments, "name=killed")
