@@ -16,7 +16,7 @@ import torch
 from conftest import SHAPE, run_ranks, start_ranks
 
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.training.marks import good_checkpoints, unfinished_checkpoints
+from infini_ds.training.marks import good_checkpoints, read_mark, unfinished_checkpoints
 from infini_ds.training.metrics import read_metrics
 
 RANKS = 2
@@ -55,6 +55,12 @@ def wait_until(processes, condition) -> None:
         time.sleep(0.001)
 
 
+def recorded(run: Path, since: int) -> int:
+    """The steps in the metrics, once a job that was started at `since` (ns) has cut off those that it makes again."""
+    file = run / "metrics.jsonl"
+    return len(losses(run)) if file.exists() and file.stat().st_mtime_ns > since else 0
+
+
 def half_written(run: Path, since: int) -> dict[Path, int]:
     """The checkpoints that a job, started at `since` (ns), has not finished writing, or removing: how many files each
     has.
@@ -71,7 +77,7 @@ def half_written(run: Path, since: int) -> dict[Path, int]:
 def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
     """Kills at drawn instants, by turns: while it trains, while it writes a checkpoint, while it starts."""
     kills, draw = request.config.getoption("--kills"), random.Random(0)
-    steps = 8 * kills
+    steps = 10 * kills
     recipe = ["batch.rows=4", "batch.micro_rows=2", f"steps={steps}", "log_every=1", "validation.every=0"]
     recipe += ["optimizer.learning_rate=0.005", "schedule.warmup_steps=4", "checkpoint.every=2"]
     arguments = [f"data.path={shards}", f"output={tmp_path}", *SHAPE, *recipe]
@@ -80,14 +86,15 @@ def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
     run, while_saving, passed_over = tmp_path / "killed", 0, 0
     for number in range(kills):
         kind = ("training", "saving", "starting")[number % 3]
-        before = len(losses(run))
+        standing = len(good_checkpoints(run)) and read_mark(good_checkpoints(run)[-1]).state.step
         since, processes = time.time_ns(), start_ranks(RANKS, *arguments, "name=killed")
         try:
             if kind == "starting":
                 time.sleep(draw.uniform(1, 8))
-            elif kind == "training":  # metrics beyond the checkpoint are cut off at the start, then they grow
-                wait_until(processes, lambda recorded=before: len(losses(run)) not in (0, recorded))
-                time.sleep(draw.uniform(0, 0.5))
+            elif kind == "training":
+                target = standing + draw.randint(1, 16)
+                wait_until(processes, lambda n=target, t=since: recorded(run, t) >= n)
+                time.sleep(draw.uniform(0, 0.05))
             else:
                 files = draw.randrange(6)
                 wait_until(processes, lambda n=files, t=since: any(has >= n for has in half_written(run, t).values()))
