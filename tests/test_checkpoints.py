@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -128,6 +129,20 @@ def test_other_numbers_of_ranks_go_on_with_the_same_losses(runs, shards, tmp_pat
     a, b = (load_model(locate(folder)).state_dict() for folder in (run, runs / "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
     assert not list(run.rglob("*universal*"))  # nothing of the conversions is left
+
+
+def test_a_conversion_without_room_says_so(runs, shards, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", full], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        shutil.copytree(runs / "two", full / "two", ignore=shutil.ignore_patterns("step-000020", "events*"))
+        with pytest.raises(ValueError, match=r"step-000016 could not be converted for 1 ranks, with .* MiB free \(.*:"):
+            pretrain(shards, full, "two", VALIDATION)
+        assert [folder.name for folder in (full / "two" / "checkpoints").glob("step-*")] == ["step-000016"]
+    finally:
+        subprocess.run(["umount", "--lazy", full], check=True)
 
 
 def test_a_running_process_can_go_back(runs, shards, tmp_path):
