@@ -1,0 +1,27 @@
+"""What the documents say: their examples run, the tests that they name exist, and their links lead somewhere."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def test_examples_give_what_is_printed():
+    text = re.sub(r"^ *```.*$", "", (ROOT / "docs/infini-attention.md").read_text(), flags=re.MULTILINE)
+    examples = doctest.DocTestParser().get_doctest(text, {}, "infini-attention.md", None, 0)
+    result = doctest.DocTestRunner().run(examples)
+    assert result.attempted > 20 and result.failed == 0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_and_files_that_are_named_exist(document):
+    text = document.read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    missing = [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests]
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    missing += [link for link in links if not (document.parent / link).exists()]
+    assert missing == []
