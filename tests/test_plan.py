@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, environment, pretrain
+from conftest import ROOT, call_script, environment, pretrain
 from torch.profiler import ProfilerActivity, profile
 
 from infini_ds.model import InfiniGPTNeoForCausalLM
@@ -20,6 +20,7 @@ from infini_ds.training.metrics import read_metrics
 from infini_ds.training.model import fitting_block
 from infini_ds.training.processes import identify
 from infini_ds.training.recipe import BatchShape, load_recipe
+from infini_ds.training.schedule import gate_reach
 from infini_ds.training.throughput import memory_free
 
 SMALL_BUCKET = 50_000  # elements: DeepSpeed's buffer should not hide the rest
@@ -141,6 +142,9 @@ def peak_in_blocks_of(segments: int, rows: int) -> int:
 
 
 def test_the_largest_block_fits_and_twice_as_much_does_not():
+    from infini_ds.training.engine import connect
+
+    connect(identify(), timeout_minutes=1)
     free = memory_free(identify())
     rows = free // peak_in_blocks_of(8, rows=1)  # of a batch with which about 8 segments fill what this machine has
     chosen = fitting_block(replace(LONG, rows=rows), ONE_RANK, identify())
@@ -178,3 +182,58 @@ def test_all_ranks_choose_the_same_block(tmp_path):
     ]
     first, second = (int(re.search(r"chosen (\d+)", rank.communicate(timeout=120)[0])[1]) for rank in ranks)
     assert first == second and peak_in_blocks_of(first, rows) < free / 4 < peak_in_blocks_of(2 * first, rows)
+
+
+SIZED = [path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")) if load_recipe(path).plan.gpu]
+
+
+@pytest.mark.parametrize("path", SIZED, ids=lambda path: path.stem)
+def test_shipped_recipe_fits_the_card_that_it_names(path):
+    recipe = load_recipe(path)
+    assert "it fits." in call_script("launch/plan.py", "--config", path).stdout
+    assert gate_reach(recipe) >= 4  # sigmoid(4) = 0.98: from half memory to all of it, or to none
+    assert recipe.plan.gpu in path.read_text().splitlines()[0]
+
+
+def test_there_is_a_recipe_for_every_size():
+    assert {load_recipe(path).model.preset for path in SIZED} == set(PRESETS) - {"tiny", "study-9m"}
+
+
+LARGE = ["model.preset=1.3b", "model.segment_length=2048", "batch.rows=32", "batch.micro_rows=4"]
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ("a100-80g", ["model.gradient_checkpointing=true", "model.segments_per_block="]),
+        ("rtx4090-24g", ["batch.micro_rows=1", "deepspeed=ds_configs/zero2_offload.json"]),
+    ],
+)
+def test_what_does_not_fit_gets_a_remedy_that_does(card, words):
+    arguments = [*LARGE, "--sequence-length", "32768", "--gpu", card]
+    sentence = call_script("launch/plan.py", *arguments, code=1).stdout.splitlines()[-1]
+    assert all(word in sentence for word in ["does not fit; try", *words])
+    remedy = sentence.split("; try ")[1].removesuffix(".").split()
+    assert "it fits." in call_script("launch/plan.py", *arguments, *remedy).stdout
+
+
+def test_days_follow_from_operations():
+    """33m on one RTX 4090: the tokens of the recipe, about 6 operations a parameter, 40% of 165 TFLOP/s."""
+    shown = call_script("launch/plan.py", "--config", "launch/recipes/33m.yaml").stdout
+    days = float(re.search(r"days at 40% MFU\D+([\d.]+)", shown)[1])
+    assert days == pytest.approx(6 * 68.5e6 * 1.363e9 / (0.4 * 165e12) / 86_400, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "a100", "--sequence-length", "512"], ["--gpu a100 is not known", "a100-", "--memory"]),
+        ([], ["data.path=nowhere", "--sequence-length"]),
+        (["--gpu", "l4-24g", "--sequence-length", "0"], ["plan.sequence_length=0"]),
+        (["--gpu", "l4-24g", "--sequence-length", "512", "--gpus", "3"], ["cannot be divided over 3 ranks"]),
+        (["--memory", "-1", "--sequence-length", "512"], ["plan.memory=-1"]),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments, words):
+    error = call_script("launch/plan.py", "data.path=nowhere", "batch.rows=4", *arguments, code=2).stderr
+    assert error.startswith("error: ") and all(word in error for word in words)

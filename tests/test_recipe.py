@@ -20,8 +20,19 @@ DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {"tiny-cpu", "tiny-gpu", "books-cpu"}
-    assert {path.stem for path in DEEPSPEED} == {"zero2", "zero2_cpu", "zero2_offload"}
+    assert {path.stem for path in RECIPES} >= {
+        "tiny-cpu",
+        "tiny-gpu",
+        "books-cpu",
+        "33m",
+        "125m",
+        "350m",
+        "1.3b",
+        "2.7b",
+    }
+    assert {path.stem for path in DEEPSPEED} == {
+        *("zero2", "zero2_cpu", "zero2_nodes", "zero2_offload", "zero2_one_gpu"),
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -66,6 +77,10 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
         ("batch.tokens=4096", ["batch.tokens=4096", "batch.rows=4", "exactly one"]),
         ("batch.rows=null", ["exactly one"]),
         ("batch=3", ["batch"]),
+        ("model.segments_per_block=many", ["model.segments_per_block='many'", "auto"]),
+        ("model.segments_per_block=0", ["model.segments_per_block=0", "at least 1"]),
+        ("plan.mfu=40", ["plan.mfu=40", "at most 1"]),
+        ("plan.memory=0", ["plan.memory=0", "above 0"]),
         ("steps=[1", ["steps=[1", "key=value"]),
         ("name=a/b", ["name='a/b'", "output="]),
         ("deepspeed=nowhere.json", ["deepspeed=nowhere.json"]),

@@ -4,6 +4,7 @@ recipe = load_recipe("launch/recipes/tiny-cpu.yaml", ["steps=100", "model.segmen
 """
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True)
+class PlanRecipe:
+    """What launch/plan.py assumes, and the hardware that a shipped recipe is for. Training does not look at it."""
+
+    gpu: str | None = None  # a name in infini_ds/training/plan.py; None: this machine
+    memory: float | None = None  # GiB of a GPU, in place of the named one's
+    gpus: int = 1
+    mfu: float = 0.4
+    sequence_length: int | None = None  # of rows; None: the data's
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str = "run"  # of the run: its folder is output/name
     output: str = "runs"
@@ -100,6 +112,7 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     validation: ValidationRecipe = field(default_factory=ValidationRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    plan: PlanRecipe = field(default_factory=PlanRecipe)
 
     @property
     def folder(self) -> Path:
@@ -202,6 +215,7 @@ def check(recipe: Recipe) -> None:
         ("validation.rows", recipe.validation.rows),
         ("checkpoint.every", recipe.checkpoint.every),
         ("checkpoint.keep_last", recipe.checkpoint.keep_last),
+        ("plan.gpus", recipe.plan.gpus),
     ):
         at_least(key, value, 1)
     if not 0 < recipe.timeout_minutes < 1e6:
@@ -220,6 +234,12 @@ def check(recipe: Recipe) -> None:
         ("seed", recipe.seed),
     ):
         at_least(key, value, 0)
+    if recipe.plan.sequence_length is not None:
+        at_least("plan.sequence_length", recipe.plan.sequence_length, 1)
+    if recipe.plan.memory is not None and not 0 < recipe.plan.memory < math.inf:
+        raise ValueError(f"plan.memory={recipe.plan.memory} must be a number of GiB above 0")
+    if not 0 < recipe.plan.mfu <= 1:
+        raise ValueError(f"plan.mfu={recipe.plan.mfu} must be above 0 and at most 1")
     block = recipe.model.segments_per_block
     if isinstance(block, str) and block != "auto":
         raise ValueError(

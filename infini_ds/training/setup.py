@@ -26,6 +26,7 @@ from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 MAY_CHANGE = (
     *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
     *("checkpoint", "data.workers", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
+    "plan",
 )
 
 

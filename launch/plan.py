@@ -1,0 +1,140 @@
+"""What a run will take, before a GPU is asked for: memory of a rank by part, operations, days, and what fits.
+
+python launch/plan.py --config launch/recipes/1.3b.yaml [key=value ...] [--gpu a100-80g] [--gpus 8]
+
+Needs no GPU, and no data if --sequence-length (or plan.sequence_length in the recipe) is given. Exit code 1 if a step
+does not fit.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.manifest import load_manifest
+from infini_ds.training.deepspeed_config import deepspeed_config, default_file
+from infini_ds.training.footprint import SPARE, Sharding, Work, parameters
+from infini_ds.training.model import model_config
+from infini_ds.training.plan import CARDS, Device, Plan, card
+from infini_ds.training.processes import identify, launch
+from infini_ds.training.recipe import Recipe, batch_shape, load_recipe
+from infini_ds.training.schedule import gate_reach
+from infini_ds.training.throughput import memory_free, peak_flops, training_flops_per_token
+
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a recipe, such as launch/recipes/1.3b.yaml")
+    parser.add_argument("--gpu", help=f"{', '.join(CARDS)} (default: plan.gpu of the recipe, or this machine)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, for one that has no name here")
+    parser.add_argument("--gpus", type=int, help="ranks (default: plan.gpus of the recipe)")
+    parser.add_argument("--mfu", type=float, help="share of the peak that training will reach (default: plan.mfu)")
+    parser.add_argument("--sequence-length", type=int, help="of rows, where the data is not there yet")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    args = parser.parse_intermixed_args()
+    given = {name: getattr(args, name) for name in ("gpu", "memory", "gpus", "mfu", "sequence_length")}
+    flags = [f"plan.{name}={value}" for name, value in given.items() if value is not None]
+    if args.gpu and args.memory is None:
+        flags.append("plan.memory=null")
+    plan = make_plan(load_recipe(args.config, [*args.overrides, *flags]))
+    show(plan)
+    sys.exit(0 if plan.fits else 1)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """
+    Raises:
+        ValueError: the recipe's batch, model, card or DeepSpeed's JSON are not possible, or the data is not there and
+            nothing says how long rows will be.
+    """
+    choice = recipe.plan
+    here = Path(recipe.data.path, "manifest.json").is_file()
+    if choice.sequence_length is None and not here:
+        raise ValueError(
+            f"data.path={recipe.data.path} holds no prepared data yet: say how long its rows will be with "
+            "--sequence-length"
+        )
+    manifest = load_manifest(recipe.data.path) if here else None
+    tokens = choice.sequence_length or manifest.sequence_length
+    named = choice.gpu is not None or choice.memory is not None
+    process = identify()
+    if named:
+        kind, precision = "cuda", "bf16" if recipe.precision == "auto" else recipe.precision
+    else:
+        from infini_ds.training.setup import choose_precision  # brings streaming along
+
+        kind, precision = process.device.type, choose_precision(recipe.precision, process.device)
+    if choice.memory is not None:
+        name = f"{choice.gpu or 'GPU'} of {choice.memory:g} GiB"
+        flops = card(choice.gpu, precision).flops if choice.gpu else None
+        device = Device(name, int(choice.memory * GIB), flops)
+    elif choice.gpu is not None:
+        device = card(choice.gpu, precision)
+    else:
+        process = replace(process, local_world_size=choice.gpus)
+        device = Device(f"this machine ({kind})", memory_free(process), peak_flops(process.device, precision))
+    shape = batch_shape(recipe.batch, tokens, choice.gpus)
+    file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
+    sharding = Sharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus, kind)
+    config = model_config(recipe, manifest)
+    return Plan(recipe, config, shape, device, Work.of(recipe, config, shape, tokens, precision), sharding)
+
+
+def show(plan: Plan) -> None:
+    recipe, work, shape = plan.recipe, plan.work, plan.shape
+    console = Console(highlight=False)
+    count, flops, days = parameters(plan.config), training_flops_per_token(plan.config), plan.days(recipe.plan.mfu)
+    facts = Table(title=f"{recipe.name} on {shape.world_size} x {plan.device.name}", show_header=False, title_style="b")
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    facts.add_row("parameters", f"{count:,}")
+    facts.add_row("tokens", f"{plan.tokens:,} in {recipe.steps:,} steps, {plan.tokens / count:.1f} a parameter")
+    facts.add_row(
+        "a step", f"{shape.world_size} ranks x {shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
+    )
+    kept = "recomputed block by block" if work.checkpointing else "all kept"
+    facts.add_row("a block", f"{work.G} of {work.segments} segments of {work.segment}, {kept}, {work.precision}")
+    facts.add_row("operations a token", f"{flops:.3g}")
+    took = "not known: no peak for this device and precision" if days is None else f"{days:,.2f} without validation"
+    facts.add_row(f"days at {recipe.plan.mfu:.0%} MFU", took)
+    facts.add_row("gates", f"can move by {gate_reach(recipe):.1f} at most, from {plan.config.gate_init:g}")
+    console.print(facts)
+
+    memory = Table("GiB of a rank", title="Memory", title_style="b", show_footer=True)
+    columns = {"computing": plan.footprint.computing, "optimizer's step": plan.footprint.step}
+    for name, parts in columns.items():
+        memory.add_column(name, footer=f"{sum(parts.values()) / GIB:.2f}", justify="right")
+    memory.columns[0].footer = "together"
+    for part in dict.fromkeys(part for parts in columns.values() for part in parts):
+        cells = (f"{parts[part] / GIB:.2f}" if part in parts else "" for parts in columns.values())
+        memory.add_row(part, *cells)
+    console.print(memory)
+    if plan.footprint.host:
+        console.print(f"and {plan.footprint.host / GIB:.1f} GiB of the host's memory for each rank of a node")
+
+    fitting = Table("micro_rows", "segments_per_block", "GiB", title="What fits", title_style="b")
+    for column in fitting.columns:
+        column.justify = "right"
+    for rows, block, peak in plan.choices():
+        fitting.add_row(f"{rows}", f"{block}" if block else "none", f"{peak / GIB:.1f}" if peak else "")
+    console.print(fitting)
+
+    needed = f"A step takes {plan.footprint.peak / GIB:.1f} GiB of the {plan.room / GIB:.1f} that a rank may take"
+    spare = f"({SPARE:.0%} of {plan.device.memory / GIB:.1f} are left free)"
+    if plan.fits:
+        console.print(f"{needed} {spare}: it fits.", soft_wrap=True)
+        return
+    remedy = plan.remedy()
+    advice = f"try {remedy}" if remedy else "take a smaller model.preset, shorter rows, or a card with more memory"
+    console.print(f"{needed} {spare}: it does not fit; {advice}.", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    launch(main)
