@@ -9,6 +9,7 @@ from conftest import ROOT
 FLOORS = [
     "launch",
     "infini_ds/study",
+    "infini_ds/benchmarks",
     "infini_ds/evaluation",
     "infini_ds/conversion",
     "infini_ds/training",

@@ -108,19 +108,41 @@ def test_base_model_gives_the_hidden_states_of_the_logits():
 # ---- schedules
 
 
-@given(batches(), st.sampled_from([None, 1, 2, 5]), st.booleans())
+@given(batches(), st.sampled_from([None, 1, 2, 5]), st.booleans(), st.booleans(), st.booleans())
 @few
-def test_no_schedule_changes_loss_or_gradient(batch, segments_per_block, checkpointing):
+def test_no_schedule_changes_loss_or_gradient(batch, segments_per_block, checkpointing, layers, offload):
     model, ids, mask, documents = batch
     model.train()
     want = model(ids, mask, documents, labels=ids, loss_reduction="sum").loss
     want_gradients = gradients(want, model)
     model.config.segments_per_block = segments_per_block
+    model.config.checkpoint_layers, model.config.offload_states = layers, offload
     if checkpointing:
         model.gradient_checkpointing_enable()
     loss = model(ids, mask, documents, labels=ids, loss_reduction="sum").loss
     assert_close(loss, want, **exact)
     assert_close(gradients(loss, model), want_gradients, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("truncate_blocks", [1, 2, 3])
+def test_truncated_gradients_end_where_a_cache_begins(truncate_blocks, checkpointing):
+    """The last block's loss has the gradient that it has behind a cache of what came before the cut."""
+    S, G, blocks = 4, 2, 4
+    model, ids = tiny_model(segment_length=S, segments_per_block=G).train(), random_ids(2, blocks * G * S)
+    cut = (blocks - 1) // truncate_blocks * truncate_blocks * G * S
+    labels = ids.clone()
+    labels[:, : 1 - G * S] = -100  # only what is predicted inside the last block
+    with torch.no_grad():
+        cache = model(ids[:, :cut], use_cache=True).past_key_values
+    want = model(ids[:, cut:], past_key_values=cache, labels=labels[:, cut:], loss_reduction="sum").loss
+    want = gradients(want, model)
+    exact_gradients = gradients(model(ids, labels=labels, loss_reduction="sum").loss, model)
+    model.config.truncate_blocks = truncate_blocks
+    model.transformer.gradient_checkpointing = checkpointing
+    got = gradients(model(ids, labels=labels, loss_reduction="sum").loss, model)
+    assert_close(got, want, **exact)
+    assert any((got[name] - exact_gradients[name]).abs().max() > 1e-6 for name in got)
 
 
 def test_checkpointing_draws_the_same_dropout():
@@ -170,6 +192,20 @@ def test_checkpointing_keeps_ids_and_boundary_states_alone():
     activations = (saved_bytes(model, 9 * block) - saved_bytes(model, 5 * block)) / 4
     assert activations > B * L * block * 512 * 8
     assert activations > 50 * growth
+
+
+def test_layers_and_states_are_kept_where_the_options_say():
+    S, G, B = 8, 4, 2
+    model = tiny_model(segment_length=S, segments_per_block=G, window_size=4, intermediate_size=512).train()
+    all_kept = saved_bytes(model, 8 * S * G)
+    model.config.checkpoint_layers = True
+    assert saved_bytes(model, 8 * S * G) < all_kept / 10
+    model.config.checkpoint_layers = False
+    model.gradient_checkpointing_enable()
+    states_kept = saved_bytes(model, 8 * S * G)
+    model.config.offload_states = True  # the hooks that take them to the CPU stand before those that count
+    H, D, L = model.config.num_heads, model.config.head_dim, model.config.num_layers
+    assert saved_bytes(model, 8 * S * G) <= states_kept - 7 * B * L * H * (D * D + D) * 8
 
 
 def test_checkpointing_holds_what_lives_to_a_few_boundary_states():

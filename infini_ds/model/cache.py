@@ -77,6 +77,13 @@ class InfiniCache(Cache):
         if self.room < 0:
             self.room = grid.S - int((self.documents != EMPTY).sum(1).max())
 
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        tensors = [self.documents, self.held]
+        for layer in self.layer_states:
+            tensors += [*layer.memory, layer.k, layer.v]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 

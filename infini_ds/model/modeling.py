@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 import transformers
@@ -302,10 +303,15 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     def _checkpointed(self, compute: Callable, device: torch.device) -> Callable:
         """`compute` of a block that keeps its arguments alone for the backward pass."""
 
-        def checkpointed(*args):
-            offload = save_on_cpu(device.type == "cuda") if self.config.offload_states else nullcontext()
-            with offload:
-                return _checkpoint(compute, self.config, *args, context_fn=lambda: (value_only(), nullcontext()))
+        def checkpointed(ids: Tensor, states: tuple[MemoryState, ...], block: SegmentGrid, slots: slice):
+            # What is handed over as a tensor, and not in a tuple, is saved by autograd and can be offloaded.
+            def of_tensors(ids: Tensor, *flat: Tensor):
+                return compute(ids, tuple(map(MemoryState, flat[::2], flat[1::2])), block, slots)
+
+            with save_on_cpu(pin_memory=device.type == "cuda") if self.config.offload_states else nullcontext():
+                return _checkpoint(
+                    of_tensors, self.config, ids, *chain(*states), context_fn=lambda: (value_only(), nullcontext())
+                )
 
         return checkpointed
 
@@ -429,6 +435,11 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         if return_logits:
             logits = self.lm_head(grid.collect(torch.cat(hidden, dim=1), T)[:, -logits_to_keep:])
         return InfiniCausalLMOutput(loss=loss, logits=logits, past_key_values=run.cache, memory=memory)
+
+    def compile_layers(self) -> None:
+        """Compile each layer in place. All layers share one compilation, and a new shape of a block costs another."""
+        for layer in self.transformer.h:
+            layer.compile()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
