@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TINY, random_ids, reference_forward, tiny_model
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -156,6 +157,33 @@ def test_the_cache_does_not_grow():
             model.config.segments_per_block = blocks
             size = cache_bytes(model(random_ids(2, 50 * S + 1), use_cache=True).past_key_values)
             assert size <= max(sizes) + 2 * 51 * 8  # `held` of 50 segments
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host asks of the device, each of which would make it wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_token_is_computed_without_asking_the_device():
+    """Only where the fullest row's open segment is full, once for each row."""
+    model, prompt = writer(segment_length=8), random_ids(2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    with torch.no_grad():
+        cache = model(prompt, mask, use_cache=True).past_key_values
+        counts = []
+        for _ in range(16):
+            with HostReads() as reads:
+                model(prompt[:, :1], past_key_values=cache)
+            counts.append(reads.count)
+    # Rows of 5 and 3 tokens: the first is full before tokens 4 and 12, the second before 6 and 14 (counted from 1).
+    assert [number for number, count in enumerate(counts, start=1) if count] == [4, 6, 12, 14]
 
 
 def test_a_reset_cache_is_a_new_one():
