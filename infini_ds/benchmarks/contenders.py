@@ -68,8 +68,8 @@ def _infini(shape: Shape, tokens: int, block: str, device: torch.device):
     config = shape.config()
     if block == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        work = Work(config, 1, tokens, shape.precision, masked=False, checkpointing=True)
-        config.segments_per_block = largest_block(work, Sharding(), free)
+        work = Work(config, 1, tokens, shape.precision, packed=False, checkpointing=True)
+        config.segments_per_block = largest_block(work, Sharding(ranks=1), free)
     elif block != "all":
         config.segments_per_block = int(block)
     model = InfiniGPTNeoForCausalLM(config)
