@@ -106,6 +106,7 @@ def test_no_division_of_the_work_changes_the_losses(uneven, tmp_path):
     pretrain(uneven, tmp_path, "whole", "batch.micro_rows=4")
     pretrain(uneven, tmp_path, "parts", "batch.micro_rows=1")
     blocks = ["batch.micro_rows=1", "model.segments_per_block=1", "model.gradient_checkpointing=true"]
+    blocks += ["model.checkpoint_layers=true", "model.offload_states=true"]
     launch_pretrain(uneven, tmp_path, "blocks", *blocks, ranks=2)
     assert largest_difference(losses(tmp_path / "parts"), losses(tmp_path / "whole")) < 1e-5
     assert largest_difference(losses(tmp_path / "blocks"), losses(tmp_path / "whole")) < 1e-5
@@ -196,6 +197,9 @@ def test_finished_run_says_so(runs, shards):
         ("new", ["model.config.vocab_size=100"], ["100 embeddings", "512", "--tokenizer"]),
         ("new", ["model.start_from=/nowhere"], ["model.start_from=/nowhere"]),
         ("new", ["model.segment_length=0"], ["segment_length=0"]),
+        ("new", ["model.truncate_blocks=0"], ["truncate_blocks=0", "None for exact gradients"]),
+        ("new", ["model.attention=flash"], ["model.attention='flash'", "sdpa"]),
+        ("new", ["model.attention=flex_attention"], ["model.attention=flex_attention", "model.attention=sdpa"]),
         ("new", ["data.path=/nowhere"], ["/nowhere", "python -m data_prep"]),
     ],
 )

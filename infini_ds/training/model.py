@@ -29,7 +29,8 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
     chosen = recipe.model
     fields = ("segment_length", "memory_rule", "position_embedding", "gate_init")
     given = {name: getattr(chosen, name) for name in fields if getattr(chosen, name) is not None}
-    block = None if chosen.segments_per_block == "auto" else chosen.segments_per_block
+    schedule = {name: getattr(chosen, name) for name in ("checkpoint_layers", "offload_states", "truncate_blocks")}
+    schedule["segments_per_block"] = None if chosen.segments_per_block == "auto" else chosen.segments_per_block
     if chosen.start_from is not None:
         check_start(Path(chosen.start_from), None if manifest is None else Path(recipe.data.path))
         if chosen.config:
@@ -43,8 +44,7 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
                     f"model.{key}={getattr(chosen, key)} is decided by the weights of model.start_from="
                     f"{chosen.start_from}: leave it out"
                 )
-        config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from, **given)
-        config.segments_per_block = block
+        config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from, **given, **schedule)
     else:
         known = set(InfiniGPTNeoConfig().to_dict()) | {"attention_types"}
         for key in set(chosen.config) - known:
@@ -56,8 +56,13 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
             data = manifest.tokenizer
             tokens = {"vocab_size": data.vocab_size, "bos_token_id": data.start_id, "pad_token_id": data.pad_id}
             tokens["eos_token_id"] = data.start_id  # a document ends where the next one starts
-        given["segments_per_block"] = block
-        config = preset_config(chosen.preset, **(tokens | given | chosen.config))
+        config = preset_config(chosen.preset, **(tokens | given | schedule | chosen.config))
+    config._attn_implementation = chosen.attention
+    if chosen.attention == "flex_attention" and config.attention_dropout:
+        raise ValueError(
+            f"model.attention=flex_attention knows no dropout, and the model has attention_dropout="
+            f"{config.attention_dropout}: model.config.attention_dropout=0 or model.attention=sdpa"
+        )
     if manifest is not None and config.vocab_size < manifest.tokenizer.vocab_size:
         raise ValueError(
             f"the model has {config.vocab_size} embeddings and data.path={recipe.data.path} has "
@@ -95,6 +100,8 @@ def build_model(recipe: Recipe, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCa
         model = InfiniGPTNeoForCausalLM(config)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if recipe.model.compile:
+        model.compile_layers()
     return model
 
 

@@ -25,7 +25,12 @@ class ModelRecipe:
     memory_rule: str | None = None
     position_embedding: str | None = None
     gate_init: float | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute each block of segments again in the backward pass
+    checkpoint_layers: bool = False  # and each layer of it by itself
+    offload_states: bool = False  # keep the memory between blocks in the host's memory
+    truncate_blocks: int | None = None  # cut gradients through the memory before every so many blocks; None: exact
+    attention: str = "sdpa"  # or "flex_attention": packed documents without a mask in memory, on a GPU
+    compile: bool = False  # compile the layers with torch.compile
     config: dict[str, Any] = field(default_factory=dict)  # any other field, e.g. model.config.hidden_size=256
 
 
@@ -199,6 +204,7 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"{key}={value} must be at least {least}")
 
     one_of("precision", recipe.precision, "auto", "fp32", "bf16")
+    one_of("model.attention", recipe.model.attention, "sdpa", "flex_attention")
     one_of("schedule.kind", recipe.schedule.kind, "cosine", "wsd", "constant")
     one_of("schedule.gates", recipe.schedule.gates, "same", "constant")
     for key, value in (("optimizer.beta1", recipe.optimizer.beta1), ("optimizer.beta2", recipe.optimizer.beta2)):

@@ -26,7 +26,7 @@ from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 MAY_CHANGE = (
     *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
     *("checkpoint", "data.workers", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
-    "plan",
+    *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
 )
 
 
@@ -87,6 +87,14 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     file = default_file(process.device.type) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     ds_config = deepspeed_config(file, recipe, shape, precision)
     config = model_config(recipe, manifest)
+    if recipe.model.attention == "flex_attention" and process.device.type == "cpu":
+        raise ValueError(
+            "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it for the CPU: "
+            "take model.attention=sdpa"
+        )
+    if process.device.type == "cuda" and precision == "bf16":
+        # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
+        torch.set_float32_matmul_precision("high")
 
     from infini_ds.training.engine import build_engine, connect
 
@@ -116,8 +124,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
 
 def check_same_run(recipe: Recipe) -> None:
     """Raise a ValueError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
-    begun = _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
-    now = _flatten(asdict(recipe))
+    now, defaults = _flatten(asdict(recipe)), _flatten(asdict(Recipe()))  # a key may be younger than the run
+    begun = defaults | _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
     for key in now | begun:
         before, value = begun.get(key, "the default"), now.get(key, "the default")
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE) and value != before:
