@@ -70,7 +70,7 @@ def main() -> None:
     shape = chosen_shape(args)
     kind = "generation" if args.generation else "training"
     plan = Plan(kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds)
-    console, figures = Console(), []
+    console, figures = Console(width=None if sys.stdout.isatty() else 120), []
     args.out.mkdir(parents=True, exist_ok=True)
     with console.status("") as status, (args.out / f"{kind}.jsonl").open("w", buffering=1) as file:
         for figure in run(plan):

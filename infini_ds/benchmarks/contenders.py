@@ -96,7 +96,8 @@ def _infini_transformer(shape: Shape, tokens: int):
         from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
     except ImportError as error:
         raise ValueError(
-            "--contenders infini-transformer-pytorch is not installed: pip install infini-transformer-pytorch"
+            "--contenders infini-transformer-pytorch: the package is not installed; pip install "
+            "infini-transformer-pytorch, or leave it out"
         ) from error
     model = InfiniTransformer(
         num_tokens=shape.vocabulary,

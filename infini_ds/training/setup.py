@@ -89,7 +89,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     config = model_config(recipe, manifest)
     if recipe.model.attention == "flex_attention" and process.device.type == "cpu":
         raise ValueError(
-            "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it for the CPU: "
+            "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it on the CPU: "
             "take model.attention=sdpa"
         )
     if process.device.type == "cuda" and precision == "bf16":
