@@ -1,17 +1,21 @@
 # make pretrain    text -> shards -> training -> Hugging Face folder -> report, on whatever hardware there is
 # make test        the whole test suite
+# make test-slurm  the job script, on the Slurm of two nodes that SLURM_CONF names
 PYTHON ?= python3
 # Options for launch/quickstart.py or pytest, such as ARGS="steps=500" or ARGS="-k memory".
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: pretrain test lint format lock clean
+.PHONY: pretrain test test-slurm lint format lock clean
 
 pretrain: $(INSTALLED)
 	@.venv/bin/python launch/quickstart.py $(ARGS)
 
 test: $(INSTALLED)
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-slurm: $(INSTALLED)
+	@.venv/bin/python -m pytest -s tests/slurm/check_jobs.py $(ARGS)
 
 lint: $(INSTALLED)
 	@.venv/bin/ruff check .

@@ -23,6 +23,9 @@ def connect(process: Process, timeout_minutes: float) -> None:
     """Join the run's processes; before any streaming object is made, which waits for the others in its constructor.
 
     A collective operation fails once it has waited for another rank for `timeout_minutes`.
+
+    Raises:
+        ValueError: the processes did not find each other.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's to mend
     for name in ("DeepSpeed", "torch.distributed"):
@@ -36,7 +39,15 @@ def connect(process: Process, timeout_minutes: float) -> None:
     # DeepSpeed makes groups of its own without a time limit, and torch takes these defaults for them.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     backend = "nccl" if process.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
+    except RuntimeError as error:
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"rank {process.rank} could not join the {process.world_size} ranks at {place} within timeout_minutes="
+            f"{timeout_minutes}: start every rank, and give an address of the first node that all reach, with a free "
+            f"port ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict]:

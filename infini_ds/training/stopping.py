@@ -35,7 +35,10 @@ class Stop:
         ours = set(SIGNALS)
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # how a shell starts a job in the background
             ours.remove(signal.SIGINT)
-        resource_tracker.ensure_running()  # it unblocks signals as it starts, for the first shared memory
+        # Python starts this process with the first shared memory, and then unblocks SIGINT and SIGTERM here. It ignores
+        # those two itself; SIGUSR1 would end it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, ours)
         threading.Thread(target=self._listen, args=(ours, _chain_of_launchers()), daemon=True).start()
 

@@ -1,0 +1,201 @@
+"""launch/slurm/pretrain.sbatch on a real Slurm of two nodes: `make test-slurm`. Prints what happens to each job.
+
+The nodes may be two daemons on one machine: each task gets a /dev/shm of its own, which needs root.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SHAPE, environment
+
+from infini_ds.training.metrics import read_metrics
+
+pytestmark = pytest.mark.timeout(900)
+CHOICES = [
+    *("batch.rows=8", "batch.micro_rows=2", "log_every=1", "validation.every=0", "checkpoint.every=100000"),
+    *("schedule.kind=constant", "schedule.warmup_steps=4", "optimizer.learning_rate=0.005"),
+]
+# `environment` leaves out what Slurm sets in a job.
+CLUSTER = {"SLURM_CONF": os.environ["SLURM_CONF"]} if "SLURM_CONF" in os.environ else {}
+ENVIRONMENT = environment(
+    OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", INSIDE="tests/slurm/own_shared_memory", **CLUSTER
+)
+STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"{time.monotonic() - STARTED:6.1f} s  {text}", flush=True)
+
+
+def slurm(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    if not shutil.which("sinfo") or subprocess.run(["sinfo", "-h"], capture_output=True).returncode:
+        pytest.fail("no Slurm answers to sinfo: start one, and set SLURM_CONF")
+    say(slurm("sinfo", "--version") + ": " + slurm("sinfo", "-h", "-N", "-o", "%N %T %cCPU").replace("\n", ", "))
+
+
+class Job:
+    def __init__(self, shards: Path, output: Path, name: str, *overrides: str, options: list[str] = (), **variables):
+        self.run, self.folder = output / name, output
+        size = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none", "--time=20"]
+        log = f"--output={output}/{name}-%j.log"
+        where = [f"data.path={shards}", f"output={output}", f"name={name}"]
+        command = ["sbatch", "--parsable", *size, log, *options, "launch/slurm/pretrain.sbatch"]
+        command += [*where, *SHAPE, *CHOICES, *overrides]
+        done = subprocess.run(
+            command, cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, check=True
+        )
+        self.id = done.stdout.strip()
+        say(f"{name}: sbatch {' '.join([*options, *(f'{k}={v}' for k, v in variables.items())])} -> job {self.id}")
+
+    def losses(self) -> list[float]:
+        return [line["train/loss"] for line in read_metrics(self.run) if "train/loss" in line]
+
+    def field(self, name: str) -> str:
+        words = slurm("scontrol", "show", "job", self.id).split()
+        return next(word for word in words if word.startswith(name + "=")).split("=", 1)[1]
+
+    def wait_for(self, condition, limit: float = 400.0) -> None:
+        deadline = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            if self.field("JobState") == "PENDING" and self.field("Reason") == "BeginTime":
+                say(f"job {self.id} waits again after restart {self.field('Restarts')}; it may start now")
+                slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+            time.sleep(0.5)
+
+    def wait_for_steps(self, steps: int) -> None:
+        begun = len(self.losses())
+        self.wait_for(lambda: len(self.losses()) >= begun + steps)
+
+    def end(self) -> str:
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait_for(lambda: self.field("JobState") in ended)
+        state = self.field("JobState")
+        say(f"job {self.id}: {state}, {len(self.losses())} steps, restarts {self.field('Restarts')}")
+        return state
+
+    def logs(self) -> str:
+        files = [*self.folder.glob(f"*-{self.id}.log"), *ROOT.glob(f"slurm-*-{self.id}-*.log")]
+        return "\n".join(file.read_text() for file in files)
+
+    def show(self) -> None:
+        print(*(f"          | {line}" for line in self.logs().splitlines() if line.strip()), sep="\n", flush=True)
+
+
+@pytest.fixture
+def submit(shards, tmp_path):
+    jobs = []
+
+    def begin(name: str, *overrides: str, **options) -> Job:
+        jobs.append(Job(shards, tmp_path, name, *overrides, **options))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        subprocess.run(["scancel", job.id], capture_output=True)
+        for file in ROOT.glob(f"slurm-*{job.id}*"):
+            file.unlink()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> list[float]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    job = Job(shards, output, "undisturbed", "steps=40")
+    assert job.end() == "COMPLETED", job.logs()
+    assert (ROOT / f"slurm-infini-{job.id}-node1.log").exists()  # a log a node
+    for file in ROOT.glob(f"slurm-*{job.id}*"):
+        file.unlink()
+    return job.losses()
+
+
+@pytest.mark.parametrize("per", ["task", "node"])
+def test_preempted_and_requeued_goes_on_to_the_same_losses(per, submit, undisturbed):
+    job = submit(f"per-{per}", "steps=40", PER=per)
+    job.wait_for_steps(5)
+    say(f"scancel --signal=USR1 {job.id}, as --signal does before the time limit, at step {len(job.losses())}")
+    slurm("scancel", "--signal=USR1", job.id)
+    job.wait_for(lambda: job.field("Restarts") == "1")
+    job.wait_for_steps(5)
+    say(f"scontrol requeue {job.id}, as a preemption does, at step {len(job.losses())}")
+    slurm("scontrol", "requeue", job.id)
+    assert job.end() == "COMPLETED", job.logs()
+    job.show()
+    assert job.field("Restarts") == "2"
+    assert "stopped by SIGUSR1 at step" in job.logs() and "stopped by SIGTERM at step" in job.logs()
+    assert "Traceback" not in job.logs()
+    difference = max(abs(a - b) for a, b in zip(job.losses(), undisturbed, strict=True))
+    say(
+        f"{len(undisturbed)} losses, largest difference to the undisturbed run {difference}; last {undisturbed[-1]:.4f}"
+    )
+    assert difference == 0
+
+
+def test_the_time_limit_requeues_and_scancel_does_not(submit):
+    job = submit("limit", "steps=100000", options=["--time=2", "--signal=USR1@60"])
+    job.wait_for(lambda: job.field("Restarts") == "1")
+    job.wait_for_steps(3)
+    say(f"scancel {job.id}")
+    slurm("scancel", job.id)
+    assert job.end() == "CANCELLED"
+    time.sleep(5)
+    assert job.field("JobState") == "CANCELLED"
+    job.show()
+    assert "stopped by SIGUSR1 at step" in job.logs() and "going on from" in job.logs()
+
+
+def test_a_rank_that_dies_ends_the_job(submit):
+    job = submit("dies", "steps=100000")
+    job.wait_for_steps(5)
+    rank = next(p for p in psutil.process_iter(["environ"]) if _is_rank(p, job.id, "1"))
+    say(f"SIGKILL to rank 1, process {rank.pid}")
+    rank.kill()
+    killed = time.monotonic()
+    assert job.end() == "FAILED"
+    say(f"{time.monotonic() - killed:.0f} s after the kill")
+    job.show()
+    assert "error on rank 0: lost contact to rank 1" in job.logs()
+
+
+def _is_rank(process: psutil.Process, job: str, rank: str) -> bool:
+    variables = process.info["environ"] or {}
+    return variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_PROCID") == rank and "python" in process.name()
+
+
+def test_a_grid_is_an_array_job(submit, tmp_path):
+    (tmp_path / "grid.txt").write_text("name=a seed=1\nname=b seed=2\n")
+    grid = {"options": ["--array=1-3", "--nodes=1"], "GRID": str(tmp_path / "grid.txt")}
+    job = submit("grid", "steps=4", **grid)
+    job.wait_for(lambda: slurm("squeue", "-h", "-j", job.id, "-o", "%T") == "")
+    logs = "".join(file.read_text() for file in tmp_path.glob("grid-*.log"))
+    say(f"runs {[run.parent.name for run in sorted(tmp_path.glob('*/checkpoints'))]}; {logs.strip()}")
+    assert (tmp_path / "a/checkpoints/step-000004").exists() and (tmp_path / "b/checkpoints/step-000004").exists()
+    assert "grid.txt has no line 3: give sbatch --array=1-2" in logs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "variables", "words"),
+    [
+        (["batch.rows=3"], [], {}, "batch.rows=3 cannot be divided over 2 ranks"),
+        (["steps=4"], [], {"PER": "rank"}, "PER=rank is neither task nor node"),
+        (["steps=4"], [], {"GRID": "grid.txt"}, "GRID is for array jobs: give sbatch --array=1-N"),
+        (["steps=4"], [], {"PYTHON": "/nowhere/python"}, "/nowhere/python"),
+        (["data.path=/nowhere"], [], {}, "/nowhere"),
+    ],
+)
+def test_mistakes_are_said(overrides, options, variables, words, submit):
+    job = submit("wrong", *overrides, options=options, **variables)
+    assert job.end() == "FAILED"
+    job.show()
+    assert words in job.logs()
