@@ -25,6 +25,7 @@ CLUSTER = {"SLURM_CONF": os.environ["SLURM_CONF"]} if "SLURM_CONF" in os.environ
 ENVIRONMENT = environment(
     OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", INSIDE="tests/slurm/own_shared_memory", **CLUSTER
 )
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 STARTED = time.monotonic()
 
 
@@ -69,10 +70,12 @@ class Job:
     def wait_for(self, condition, limit: float = 400.0) -> None:
         deadline = time.monotonic() + limit
         while not condition():
-            assert time.monotonic() < deadline, self.logs()
+            assert time.monotonic() < deadline and self.field("JobState") not in ENDED, self.logs()
             if self.field("JobState") == "PENDING" and self.field("Reason") == "BeginTime":
-                say(f"job {self.id} waits again after restart {self.field('Restarts')}; it may start now")
-                slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+                say(f"job {self.id} waits again after restart {self.field('Restarts')}; it may start in 5 s")
+                # Not at once: Slurm's own delay is there because the nodes refuse a job that they have just ended.
+                slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now+5")
+                time.sleep(5)
             time.sleep(0.5)
 
     def wait_for_steps(self, steps: int) -> None:
@@ -80,8 +83,7 @@ class Job:
         self.wait_for(lambda: len(self.losses()) >= begun + steps)
 
     def end(self) -> str:
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait_for(lambda: self.field("JobState") in ended)
+        self.wait_for(lambda: self.field("JobState") in ENDED)
         state = self.field("JobState")
         say(f"job {self.id}: {state}, {len(self.losses())} steps, restarts {self.field('Restarts')}")
         return state
