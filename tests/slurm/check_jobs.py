@@ -179,7 +179,8 @@ def test_a_grid_is_an_array_job(submit, tmp_path):
     (tmp_path / "grid.txt").write_text("name=a seed=1\nname=b seed=2\n")
     grid = {"options": ["--array=1-3", "--nodes=1"], "GRID": str(tmp_path / "grid.txt")}
     job = submit("grid", "steps=4", **grid)
-    job.wait_for(lambda: slurm("squeue", "-h", "-j", job.id, "-o", "%T") == "")
+    while slurm("squeue", "-h", "-j", job.id):
+        time.sleep(1)
     logs = "".join(file.read_text() for file in tmp_path.glob("grid-*.log"))
     say(f"runs {[run.parent.name for run in sorted(tmp_path.glob('*/checkpoints'))]}; {logs.strip()}")
     assert (tmp_path / "a/checkpoints/step-000004").exists() and (tmp_path / "b/checkpoints/step-000004").exists()
