@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from infini_ds.training.holding import run_held
-from infini_ds.training.processes import launch
+from infini_ds.training.processes import free_port, launch
 from infini_ds.training.recipe import load_recipe
 from infini_ds.training.stopping import STOPPED_EARLY
 
@@ -57,7 +57,8 @@ def main() -> None:
     python = sys.executable
     if recipe.data.path == DATA:  # text of one's own is prepared with options of one's own
         run("text to shards", python, "-m", "data_prep", *SOURCE, "--out", DATA)
-    ranks = ["--num_gpus", str(gpus or 1), "--log_level", "critical"]  # ranks say themselves what is wrong
+    ranks = ["--num_gpus", str(gpus or 1), "--master_port", free_port()]
+    ranks += ["--log_level", "critical"]  # ranks say themselves what is wrong
     run("training", "deepspeed", *ranks, "launch/pretrain.py", "--config", config, *args.overrides, held=True)
     export = recipe.folder / "export"
     run("export to Hugging Face format", python, "launch/convert.py", str(recipe.folder), "--out", str(export))

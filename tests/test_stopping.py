@@ -12,14 +12,15 @@ import pytest
 from conftest import ROOT, SHAPE, STEPS, environment, pretrain
 
 from infini_ds.training.metrics import read_metrics
+from infini_ds.training.processes import free_port
 
 BIN = Path(sys.executable).parent
 # Endless, and the same whatever the number of steps.
 CHOICES = [*STEPS, "steps=100000", "schedule.kind=constant", "checkpoint.every=100000"]
 LAUNCHERS = {
     "python": [sys.executable],
-    "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--log_level", "error"],
-    "torchrun": [BIN / "torchrun", "--nproc-per-node", "2"],
+    "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--log_level", "error", "--master_port", free_port()],
+    "torchrun": [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", free_port()],
 }
 
 
@@ -29,6 +30,7 @@ class Job:
     def __init__(self, command: list, run: Path):
         self.run, self.file = run, run.parent / f"{run.name}.txt"
         self.begun = len(recorded(run, "train/loss"))
+        self.below: list[psutil.Process] = []
         with self.file.open("w") as output:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
@@ -46,6 +48,7 @@ class Job:
     def wait_for_steps(self, steps: int) -> None:
         """Until it has recorded so many more steps."""
         self.wait_for(lambda: len(recorded(self.run, "train/loss")) >= self.begun + steps)
+        self.below = psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for(self, condition, limit: float = 120.0) -> None:
         deadline = time.monotonic() + limit
@@ -54,8 +57,9 @@ class Job:
             time.sleep(0.01)
 
     def rank(self, number: int) -> psutil.Process:
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return next(p for p in below if p.environ().get("RANK") == str(number) and "launch/pretrain.py" in p.cmdline())
+        return next(
+            p for p in self.below if p.environ().get("RANK") == str(number) and "launch/pretrain.py" in p.cmdline()
+        )
 
     def signal_all(self, number: int) -> None:
         """What Ctrl-C on a terminal does."""
@@ -63,9 +67,8 @@ class Job:
 
     def end(self, limit: float = 60.0) -> int:
         """The exit code, once all of its processes are gone, those that a dead launcher left too."""
-        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         code = self.process.wait(limit)
-        alive = psutil.wait_procs(processes, timeout=limit)[1]
+        alive = psutil.wait_procs(self.below, timeout=limit)[1]
         assert not alive, self.output
         return code
 

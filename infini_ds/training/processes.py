@@ -36,6 +36,12 @@ class Process:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def identify() -> Process:
     """Read this process's place from the environment and complete the environment for the libraries that read it.
 
@@ -61,10 +67,7 @@ def identify() -> Process:
     env.setdefault("LOCAL_SIZE", env["LOCAL_WORLD_SIZE"])
     if env["WORLD_SIZE"] == "1":
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_PORT" not in env:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                env["MASTER_PORT"] = str(free.getsockname()[1])
+        env.setdefault("MASTER_PORT", free_port())
     process = Process(*(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
     if torch.cuda.is_available() and process.local_rank >= torch.cuda.device_count():
         raise ValueError(

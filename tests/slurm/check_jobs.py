@@ -57,7 +57,7 @@ class Job:
         done = subprocess.run(
             command, cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, check=True
         )
-        self.id = done.stdout.strip()
+        self.id, self.released = done.stdout.strip(), "0"
         say(f"{name}: sbatch {' '.join([*options, *(f'{k}={v}' for k, v in variables.items())])} -> job {self.id}")
 
     def losses(self) -> list[float]:
@@ -71,11 +71,14 @@ class Job:
         deadline = time.monotonic() + limit
         while not condition():
             assert time.monotonic() < deadline and self.field("JobState") not in ENDED, self.logs()
-            if self.field("JobState") == "PENDING" and self.field("Reason") == "BeginTime":
-                say(f"job {self.id} waits again after restart {self.field('Restarts')}; it may start in 5 s")
-                # Not at once: Slurm's own delay is there because the nodes refuse a job that they have just ended.
-                slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now+5")
-                time.sleep(5)
+            restarts = self.field("Restarts")
+            if self.field("Reason") == "BeginTime" and restarts != self.released:
+                self.released = restarts
+                say(f"job {self.id} waits again after restart {restarts}; it may start in 5 s")
+                time.sleep(
+                    5
+                )  # the nodes refuse a job that they have just ended: hence Slurm's own delay of two minutes
+                slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
             time.sleep(0.5)
 
     def wait_for_steps(self, steps: int) -> None:
