@@ -2,15 +2,12 @@
 
 import argparse
 import difflib
-import re
 import signal
 import sys
 from dataclasses import fields
 
-from data_prep.options import BAD_UTF8, PrepareOptions
+from data_prep.options import BAD_UTF8, PrepareOptions, byte_count
 from data_prep.sources import SOURCES
-
-UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,12 +17,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"data_prep: {message}\n")
 
 
-def byte_count(text: str) -> int:
-    """67108864, 64M, 64MB and 64MiB are the same."""
-    match = re.fullmatch(r"(\d+)\s*([kmg]?)(i?b)?", text.lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write it as 67108864 or 64MiB")
-    return int(match[1]) * UNITS[match[2]]
+def size(text: str) -> int:
+    """`byte_count` with the error that argparse shows as it is."""
+    try:
+        return byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def make_parser() -> Parser:
@@ -48,12 +45,13 @@ def make_parser() -> Parser:
     add("split", "split of an hf: source to train on", metavar="NAME")
     add("subset", "subset (configuration) of an hf: source", metavar="NAME")
     add("text-column", "column of jsonl:, parquet: and hf: sources that holds the text", metavar="NAME")
+    add("document-separator", "line that divides the documents of a file, in text: sources", metavar="LINE")
     add("bad-utf8", "what to do with text that is not UTF-8", choices=BAD_UTF8)
     add("tokenizer", "'train', or a folder or hub name to load", metavar="NAME")
     add("vocab-size", "tokens of a trained tokenizer", type=int, metavar="N")
-    add("tokenizer-bytes", "bytes of training text that it learns from, at most", type=byte_count, metavar="BYTES")
+    add("tokenizer-bytes", "bytes of training text that it learns from, at most", type=size, metavar="BYTES")
     add("sequence-length", "tokens a row", type=int, metavar="N")
-    add("shard-bytes", "bytes a shard before compression, at most", type=byte_count, metavar="BYTES")
+    add("shard-bytes", "bytes a shard before compression, at most", type=size, metavar="BYTES")
     add(
         "workers",
         "processes that tokenize (default: one a CPU); the result does not depend on it",

@@ -23,13 +23,24 @@ with warnings.catch_warnings():
     if "streaming" not in sys.modules and not _torchvision_works():
         sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
     from streaming import LocalDataset, MDSWriter, Stream, StreamingDataLoader, StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
+    from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
+    from streaming.base.dataset import _ShardState as ShardState
+    from streaming.base.storage import CloudDownloader
+    from streaming.base.util import retry
+
+# Behind a dataset's number, the names of its segments in shared memory and of its file locks.
+SEGMENTS = tuple(SHM_TO_CLEAN)
+FILE_LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 
 __all__ = [
+    "FILE_LOCKS",
+    "SEGMENTS",
+    "CloudDownloader",
     "LocalDataset",
     "MDSWriter",
+    "ShardState",
     "Stream",
     "StreamingDataLoader",
     "StreamingDataset",
-    "clean_stale_shared_memory",
+    "retry",
 ]

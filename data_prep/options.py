@@ -1,5 +1,6 @@
 """What a run is asked to do, and which of it shapes the result."""
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ BAD_UTF8 = ("error", "replace", "skip")
 TRAIN_TOKENIZER = "train"
 # All 256 bytes, the end of text and the padding: below this there is nothing to merge.
 SMALLEST_VOCABULARY = 258
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Of these the result does not depend, so a finished folder serves whatever they are.
 NOT_SHAPING = ("out", "workers", "force")
+
+
+def byte_count(text: str) -> int:
+    """67108864, 64M, 64MB and 64MiB are the same. Raises a ValueError sentence."""
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", text.lower())
+    if match is None:
+        raise ValueError(f"{text!r} is no number of bytes; write it as 67108864 or 64MiB")
+    return int(match[1]) * UNITS[match[2]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class PrepareOptions:
     validation_source, validation_split: where validation documents come from. Without both, a share
         `validation_fraction` of the source's documents, picked by their text.
     split, subset: of an hf: source. text_column: of jsonl:, parquet: and hf: sources.
+    document_separator: line that divides the documents of a file, in text: sources; None for a document a file.
     bad_utf8: "error", "replace" or "skip".
     tokenizer: "train", or a folder or hub name of a tokenizer. vocab_size, tokenizer_bytes (UTF-8 bytes of training
         text): of the tokenizer that is trained.
@@ -39,6 +50,7 @@ class PrepareOptions:
     split: str = "train"
     subset: str | None = None
     text_column: str = "text"
+    document_separator: str | None = None
     bad_utf8: str = "error"
     tokenizer: str = TRAIN_TOKENIZER
     vocab_size: int = 8192
@@ -59,7 +71,7 @@ class PrepareOptions:
     @property
     def training(self) -> ReadOptions:
         """How the source is read."""
-        return ReadOptions("--source", self.source, self.text_column, self.split, self.subset, self.bad_utf8)
+        return self._read("--source", self.source, self.split)
 
     @property
     def validation(self) -> ReadOptions:
@@ -67,8 +79,11 @@ class PrepareOptions:
         option, source = (
             ("--validation-source", self.validation_source) if self.validation_source else ("--source", self.source)
         )
-        split = self.validation_split or self.split
-        return ReadOptions(option, source, self.text_column, split, self.subset, self.bad_utf8)
+        return self._read(option, source, self.validation_split or self.split)
+
+    def _read(self, option: str, source: str, split: str) -> ReadOptions:
+        how = self.subset, self.bad_utf8, self.document_separator
+        return ReadOptions(option, source, self.text_column, split, *how)
 
 
 def check(options: PrepareOptions) -> None:
@@ -77,6 +92,16 @@ def check(options: PrepareOptions) -> None:
     if options.validation_source is not None:
         sources.append(find_source("--validation-source", options.validation_source)[0])
     check_splits(options, sources)
+    separator = options.document_separator
+    if separator is not None:
+        if not any(found.has_files_of_text for found in sources):
+            form = next(found.form for found in SOURCES.values() if found.has_files_of_text)
+            raise ValueError(f"--document-separator {separator!r}: only a {form} source has files to divide")
+        if not separator.strip() or separator != separator.strip() or "\n" in separator:
+            raise ValueError(
+                f"--document-separator {separator!r}: give the text of one line, such as '<|endoftext|>', and no white "
+                "space around it"
+            )
     if options.bad_utf8 not in BAD_UTF8:
         raise ValueError(f"--bad-utf8 {options.bad_utf8}: choose {', '.join(BAD_UTF8)}")
     if not 0 < options.validation_fraction < 1:

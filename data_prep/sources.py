@@ -36,6 +36,7 @@ class ReadOptions:
     split: str
     subset: str | None
     bad_utf8: str
+    document_separator: str | None
 
     def error(self, sentence: str) -> ValueError:
         return ValueError(f"{self.option} {self.source}: {sentence}")
@@ -48,16 +49,18 @@ class Source(NamedTuple):
     form: str
     read: Reader
     has_splits: bool
+    has_files_of_text: bool
 
 
 SOURCES: dict[str, Source] = {}
 
 
-def source(form: str, has_splits: bool = False) -> Callable[[Reader], Reader]:
-    """Registers a reader under the word before the colon of `form`; `has_splits`: --split and --subset apply."""
+def source(form: str, has_splits: bool = False, has_files_of_text: bool = False) -> Callable[[Reader], Reader]:
+    """Registers a reader under the word before the colon of `form`; `has_splits`: --split and --subset apply;
+    `has_files_of_text`: --document-separator does."""
 
     def register(read: Reader) -> Reader:
-        SOURCES[form.partition(":")[0]] = Source(form, read, has_splits)
+        SOURCES[form.partition(":")[0]] = Source(form, read, has_splits, has_files_of_text)
         return read
 
     return register
@@ -139,13 +142,34 @@ def read_stdlib(_: str, options: ReadOptions) -> Iterator[Document]:
             yield Document(name, None)
 
 
-@source("text:FOLDER")
+@source("text:FOLDER", has_files_of_text=True)
 def read_text(folder: str, options: ReadOptions) -> Iterator[Document]:
-    """Every .txt file of a folder and the folders in it, one document each."""
+    """Every .txt file of a folder and the folders in it, one document each, or several with --document-separator."""
     if not os.path.isdir(folder):
         raise options.error("there is no such folder; name one that holds .txt files")
     for path in walk(Path(folder), ".txt"):
-        yield decode(str(path), path.read_bytes(), options.bad_utf8)
+        if options.document_separator is None:
+            yield decode(str(path), path.read_bytes(), options.bad_utf8)
+        else:
+            yield from read_parts(path, options.document_separator.encode(), options.bad_utf8)
+
+
+def read_parts(path: Path, separator: bytes, bad_utf8: str) -> Iterator[Document]:
+    """The documents of a file of any size that lie between lines of nothing but `separator`."""
+    number, begin, offset, lines = 1, 0, 0, []
+
+    def part() -> Document:
+        return decode(f"{path} document {number}", b"".join(lines), bad_utf8, begin)
+
+    with open(path, "rb") as file:
+        for line in file:
+            offset += len(line)
+            if line.strip() != separator:
+                lines.append(line)
+                continue
+            yield part()
+            number, begin, lines = number + 1, offset, []
+    yield part()
 
 
 def walk(root: Path, suffix: str, skip: set[str] = frozenset()) -> Iterator[Path]:

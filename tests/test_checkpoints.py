@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infini_ds.conversion.locate import load_model, locate
+from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import TrainingStream
 from infini_ds.training import checkpoints
 from infini_ds.training.checkpoints import remove, steps_to_keep
@@ -155,7 +156,7 @@ def test_a_running_process_can_go_back(runs, shards, tmp_path):
     state, data_state = checkpoints.load(training.engine, recipe.folder / "checkpoints" / "step-000008")
     assert (state.step, state.tokens) == (8, 8 * 4 * 256)
     training.state = state
-    training.stream = TrainingStream(shards, training.shape.rank_rows, recipe.data.seed, 0)
+    training.stream = TrainingStream(find_sources(str(shards), [], ""), training.shape.rank_rows, recipe.data.seed, 0)
     training.stream.load_state_dict(data_state)
     train(training)
     assert losses(recipe.folder) == losses(runs / "one")

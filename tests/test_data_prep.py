@@ -51,7 +51,8 @@ def prepared(folder, tmp_path_factory):
 
 
 def reading(source, **changes):
-    settings = {"text_column": "text", "split": "train", "subset": None, "bad_utf8": "error"} | changes
+    settings = {"text_column": "text", "split": "train", "subset": None, "bad_utf8": "error"}
+    settings = settings | {"document_separator": None} | changes
     return ReadOptions("--source", source, **settings)
 
 
@@ -258,6 +259,27 @@ def test_separate_validation_is_left_out_of_training(folder, tmp_path):
     manifest = prepare(PrepareOptions(**options, out=tmp_path / "out"), quiet=True)
     assert (manifest.train.documents, manifest.validation.documents) == (53, 8)
     assert (manifest.skipped.duplicates, manifest.skipped.empty) == (7, 1)
+
+
+def test_document_separator_divides_files(tmp_path):
+    """Files as TinyStories' are: documents between lines of <|endoftext|>, at the start and end of a file too."""
+    (tmp_path / "a.txt").write_text("Once.\n\nThe end.\n<|endoftext|>\n\nTwice <|endoftext|> here.\n<|endoftext|>\r\n")
+    (tmp_path / "b.txt").write_bytes(b"<|endoftext|>\nThrice\n<|endoftext|>\nbad \xff")
+    found = list(read_documents(reading(f"text:{tmp_path}", document_separator="<|endoftext|>", bad_utf8="skip")))
+    texts = ["Once.\n\nThe end.\n", "\nTwice <|endoftext|> here.\n", "", "", "Thrice\n", None]
+    assert [document.text for document in found] == texts
+    with pytest.raises(ValueError, match=r"b.txt document 3 is not UTF-8 at byte 39;"):
+        read_texts(f"text:{tmp_path}", document_separator="<|endoftext|>")
+
+    options = {"source": f"text:{tmp_path}", "out": tmp_path / "out", "bad_utf8": "replace"} | SMALL
+    options |= {"vocab_size": 260, "validation_fraction": 0.5, "sequence_length": 16}
+    manifest = prepare(PrepareOptions(**options, document_separator="<|endoftext|>"), quiet=True)
+    assert manifest.train.documents + manifest.validation.documents == 4 and manifest.skipped.empty == 2
+    with pytest.raises(ValueError, match=r"--document-separator <\|endoftext\|> there, x here"):
+        prepare(PrepareOptions(**options, document_separator="x"), quiet=True)
+    for wrong, source in ((" x", f"text:{tmp_path}"), ("", f"text:{tmp_path}"), ("x", "stdlib")):
+        with pytest.raises(ValueError, match="--document-separator"):
+            prepare(PrepareOptions(**options | {"source": source}, document_separator=wrong), quiet=True)
 
 
 def test_a_text_that_spells_the_end_token_does_not_end(tmp_path, prepared):

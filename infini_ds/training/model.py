@@ -32,7 +32,7 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
     schedule = {name: getattr(chosen, name) for name in ("checkpoint_layers", "offload_states", "truncate_blocks")}
     schedule["segments_per_block"] = None if chosen.segments_per_block == "auto" else chosen.segments_per_block
     if chosen.start_from is not None:
-        check_start(Path(chosen.start_from), None if manifest is None else Path(recipe.data.path))
+        check_start(Path(chosen.start_from))
         if chosen.config:
             raise ValueError(
                 f"model.config.{next(iter(chosen.config))} is given, but the shape is that of model.start_from="
@@ -65,14 +65,14 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
         )
     if manifest is not None and config.vocab_size < manifest.tokenizer.vocab_size:
         raise ValueError(
-            f"the model has {config.vocab_size} embeddings and data.path={recipe.data.path} has "
+            f"the model has {config.vocab_size} embeddings and the data have "
             f"{manifest.tokenizer.vocab_size} tokens: prepare the data with the model's own tokenizer (--tokenizer)"
         )
     return config
 
 
-def check_start(folder: Path, data: Path | None) -> None:
-    """Raise a ValueError if the folder is no Infini-GPT-Neo, or its tokens mean something else than the data's."""
+def check_start(folder: Path) -> None:
+    """Raise a ValueError if the folder is no Infini-GPT-Neo."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.start_from={folder} is no folder with a config.json")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -80,10 +80,16 @@ def check_start(folder: Path, data: Path | None) -> None:
         raise ValueError(
             f"model.start_from={folder} is a {kind} model: give it a memory with launch/convert.py --from-gpt-neo"
         )
-    if data and (folder / "tokenizer.json").is_file() and _vocabulary(folder) != _vocabulary(data / "tokenizer"):
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Path) -> None:
+    """Raise a ValueError if tokens mean something else to model.start_from than in `tokenizer`, the data's folder."""
+    if recipe.model.start_from is None or not Path(recipe.model.start_from, "tokenizer.json").is_file():
+        return
+    if _vocabulary(Path(recipe.model.start_from)) != _vocabulary(tokenizer):
         raise ValueError(
-            f"model.start_from={folder} and data.path={data} have different tokenizers: prepare the data with "
-            f"--tokenizer {folder}"
+            f"model.start_from={recipe.model.start_from} and the data in {tokenizer.parent} have different tokenizers: "
+            f"prepare the data with --tokenizer {recipe.model.start_from}"
         )
 
 

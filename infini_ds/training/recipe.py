@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.options import byte_count
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -35,8 +37,20 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class StreamRecipe:
+    """One of several streams; either all of them have a proportion, or none."""
+
+    path: str = ""  # a folder that data_prep wrote, or its address
+    proportion: float | None = None  # share of the rows of an epoch, relative to the other streams
+    repeat: float | None = None  # times that an epoch passes over it, once if neither is given
+
+
+@dataclass(frozen=True)
 class DataRecipe:
-    path: str = "data/stdlib"  # a folder that data_prep wrote
+    path: str = "data/stdlib"  # a folder that data_prep wrote, or its address: s3://..., gs://..., hf://..., file://...
+    streams: list[StreamRecipe] = field(default_factory=list)  # in place of path
+    cache: str = "data/cache"  # where shards of an address are kept, best on a disk of the node
+    cache_limit: str | None = None  # bytes that training shards may take there, such as 200GB; None: all of them
     seed: int = 0  # of the order of rows
     workers: int = 0  # processes a rank that read ahead
 
@@ -272,8 +286,33 @@ def check(recipe: Recipe) -> None:
             f"checkpoint.keep_best=true needs a validation at each checkpoint: make checkpoint.every="
             f"{recipe.checkpoint.every} a multiple of validation.every={recipe.validation.every}"
         )
+    check_data(recipe.data)
     if recipe.deepspeed != "auto" and not Path(recipe.deepspeed).is_file():
         raise ValueError(f"deepspeed={recipe.deepspeed} is no file: give a DeepSpeed JSON file, or auto")
+
+
+def check_data(data: DataRecipe) -> None:
+    if data.cache_limit is not None:
+        try:
+            byte_count(data.cache_limit)
+        except ValueError as error:
+            raise ValueError(f"data.cache_limit={error}") from error
+    if data.streams and data.path != DataRecipe.path:
+        raise ValueError(f"data.path={data.path} and data.streams are both given: name the folder among the streams")
+    for number, stream in enumerate(data.streams):
+        key = f"data.streams[{number}]"
+        if not stream.path:
+            raise ValueError(f"{key} has no path: give it a folder that data_prep made, or an address")
+        if stream.proportion is not None and stream.repeat is not None:
+            raise ValueError(f"{key} has a proportion and a repeat: give one of them")
+        if (stream.proportion is None) != (data.streams[0].proportion is None):
+            raise ValueError(f"{key}.proportion={stream.proportion}: give every stream a proportion, or none")
+        for what in ("proportion", "repeat"):
+            value = getattr(stream, what)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(
+                    f"{key}.{what}={value} must be above 0: leave the stream out if nothing is to be taken"
+                )
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data_prep.manifest import load_manifest
-from infini_ds.data.streams import TrainingStream, ValidationRows
+from data_prep.options import byte_count
+from infini_ds.data.shared_memory import one_start_at_a_time
+from infini_ds.data.sources import Source, check_cache_limit, find_sources
+from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training import checkpoints
 from infini_ds.training.deepspeed_config import deepspeed_config, default_file
 from infini_ds.training.footprint import Sharding, Work
 from infini_ds.training.marks import TrainState
-from infini_ds.training.model import build_model, fitting_block, model_config
+from infini_ds.training.model import build_model, check_vocabulary, fitting_block, model_config
 from infini_ds.training.processes import Process
 from infini_ds.training.randomness import seed_everything
 from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
@@ -25,7 +27,8 @@ from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 # What may differ between the recipe that began a run and the one that goes on with it.
 MAY_CHANGE = (
     *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
-    *("checkpoint", "data.workers", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
+    *("data.path", "data.streams", "data.cache", "data.cache_limit", "data.workers"),  # the fingerprint is compared
+    *("checkpoint", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
     *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
 )
 
@@ -58,7 +61,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def newest_checkpoint(recipe: Recipe) -> Path | None:
+def newest_checkpoint(recipe: Recipe, data: dict) -> Path | None:
     """The checkpoint to go on from, the same on all ranks.
 
     Raises:
@@ -71,7 +74,7 @@ def newest_checkpoint(recipe: Recipe) -> Path | None:
             f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
         )
     if found[0]:
-        check_same_run(recipe)
+        check_same_run(recipe, data)
     return checkpoints.newest_whole(recipe.folder)
 
 
@@ -81,8 +84,13 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     Raises:
         ValueError: the recipe does not fit the data, the ranks, or the run that it is to go on with.
     """
-    manifest = load_manifest(recipe.data.path)
+    sources = find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache)
+    manifest = sources[0].manifest
     shape = batch_shape(recipe.batch, manifest.sequence_length, process.world_size)
+    cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
+    if cache_limit is not None:
+        readers = process.local_world_size * max(1, recipe.data.workers)
+        check_cache_limit(sources, cache_limit, readers * AHEAD * shape.rank_rows)
     precision = choose_precision(recipe.precision, process.device)
     file = default_file(process.device.type) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     ds_config = deepspeed_config(file, recipe, shape, precision)
@@ -95,11 +103,13 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     if process.device.type == "cuda" and precision == "bf16":
         # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
         torch.set_float32_matmul_precision("high")
+    check_vocabulary(recipe, sources[0].folder / "tokenizer")
+    data = fingerprint(sources, shape.rows, recipe.data.seed)
 
     from infini_ds.training.engine import build_engine, connect
 
     connect(process, recipe.timeout_minutes)
-    newest = newest_checkpoint(recipe)
+    newest = newest_checkpoint(recipe, data)
     state = checkpoints.read_mark(newest).state if newest else TrainState()
     if state.step >= recipe.steps:
         return None
@@ -108,9 +118,10 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
         sharding = Sharding.from_json(ds_config, process.world_size, process.device.type)
         config.segments_per_block = fitting_block(work, sharding, process)
     if process.is_first:
-        describe_run(recipe)
-    stream = TrainingStream(Path(recipe.data.path), shape.rank_rows, recipe.data.seed, recipe.data.workers)
-    validation = ValidationRows(Path(recipe.data.path))
+        describe_run(recipe, sources, data)
+    with one_start_at_a_time(process.local_rank == 0):
+        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, cache_limit)
+        validation = ValidationRows(sources)
     model = build_model(recipe, config)
     engine = build_engine(model, recipe, ds_config, process.device)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
@@ -122,7 +133,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     )
 
 
-def check_same_run(recipe: Recipe) -> None:
+def check_same_run(recipe: Recipe, data: dict) -> None:
     """Raise a ValueError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
     now, defaults = _flatten(asdict(recipe)), _flatten(asdict(Recipe()))  # a key may be younger than the run
     begun = defaults | _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
@@ -133,15 +144,9 @@ def check_same_run(recipe: Recipe) -> None:
                 f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
                 f"or give {key}={before} to go on with it"
             )
-    ours, theirs = (
-        json.loads(file.read_text()) | {"created": None, "seconds": None, "versions": None}
-        for file in (recipe.folder / "data_manifest.json", Path(recipe.data.path) / "manifest.json")
-    )
-    if ours != theirs:
-        raise ValueError(
-            f"data.path={recipe.data.path} has been made anew, with other content, since the run in {recipe.folder} "
-            "was begun: choose another name="
-        )
+    described = json.loads((recipe.folder / "data_manifest.json").read_text())
+    if "fingerprint" in described:  # runs were begun before there was one
+        check_fingerprint(described["fingerprint"], data)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
@@ -151,12 +156,17 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def describe_run(recipe: Recipe) -> None:
-    """Write into the run's folder what it is: its recipe, and the data's tokenizer and manifest."""
+def describe_run(recipe: Recipe, sources: list[Source], data: dict) -> None:
+    """Write into the run's folder what it is: its recipe, and the data's fingerprint, manifests and tokenizer."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
     partial = recipe.folder / "recipe.yaml.partial"
     OmegaConf.save(OmegaConf.structured(recipe), partial)
     os.replace(partial, recipe.folder / "recipe.yaml")
-    data = Path(recipe.data.path)
-    shutil.copy(data / "manifest.json", recipe.folder / "data_manifest.json")
-    shutil.copytree(data / "tokenizer", recipe.folder / "tokenizer", dirs_exist_ok=True)
+    streams = [
+        {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}
+        for source in sources
+    ]
+    partial = recipe.folder / "data_manifest.json.partial"
+    partial.write_text(json.dumps({"fingerprint": data, "streams": streams}, indent=1))
+    os.replace(partial, recipe.folder / "data_manifest.json")
+    shutil.copytree(sources[0].folder / "tokenizer", recipe.folder / "tokenizer", dirs_exist_ok=True)

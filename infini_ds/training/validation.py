@@ -69,7 +69,7 @@ def position_losses(
 
 def _sum_over_ranks(total: Tensor | None, rows: ValidationRows, device: torch.device) -> Tensor:
     if total is None:  # fewer rows than ranks
-        T = len(rows.dataset[0]["input_ids"])
+        T = len(rows[0]["input_ids"])
         total = torch.zeros(2, T - 1, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total
