@@ -55,13 +55,13 @@ def make_plan(recipe: Recipe) -> Plan:
             nothing says how long rows will be.
     """
     choice = recipe.plan
-    here = Path(recipe.data.path, "manifest.json").is_file()
+    path = recipe.data.streams[0].path if recipe.data.streams else recipe.data.path
+    here = Path(path, "manifest.json").is_file()
     if choice.sequence_length is None and not here:
         raise ValueError(
-            f"data.path={recipe.data.path} holds no prepared data yet: say how long its rows will be with "
-            "--sequence-length"
+            f"data.path={path} holds no prepared data yet: say how long its rows will be with --sequence-length"
         )
-    manifest = load_manifest(recipe.data.path) if here else None
+    manifest = load_manifest(path) if here else None
     tokens = choice.sequence_length or manifest.sequence_length
     named = choice.gpu is not None or choice.memory is not None
     process = identify()
