@@ -36,6 +36,8 @@ def meet_as_rank(process: Process, seconds: float) -> Finding:
         return Finding("ranks", "ok", meet(process, seconds))
     except ValueError as error:
         return Finding("ranks", "problem", str(error))
+    finally:
+        disconnect()
 
 
 def meet_here(ranks: int, seconds: float) -> Finding:
@@ -89,7 +91,6 @@ def main() -> None:
         problems += finding.state == "problem"
         if process.is_first or finding.state == "problem":
             show(finding, console)
-    disconnect()
     sys.exit(1 if problems else 0)
 
 

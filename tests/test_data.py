@@ -337,8 +337,8 @@ def test_what_killed_runs_leave_is_removed_and_living_ones_are_not(many):
 
     def start(kind):
         command = [sys.executable, RANKS, "hold", many, kind]
-        options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        return subprocess.Popen(command, env=environment(), **options)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(command, env=environment(), start_new_session=True, **options)
 
     processes = []
     try:

@@ -89,7 +89,7 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
         ("data.streams=[{path: a, proportion: 1},{path: b}]", ["data.streams[1].proportion=None", "or none"]),
         ("data.streams=[{path: a, proportion: 1, repeat: 2}]", ["data.streams[0]", "one of them"]),
         ("data.streams=[{path: a, repeat: -1}]", ["data.streams[0].repeat=-1", "above 0"]),
-        ("data.streams=[{path: a, proportoin: 1}]", ["data.streams", "proportoin"]),
+        ("data.streams=[{path: a, proportoin: 1}]", ["proportoin", "Did you mean: 'proportion'"]),
         ("checkpoint.keep_every=-1", ["checkpoint.keep_every=-1", "at least 0"]),
         ("checkpoint.keep_best=maybe", ["checkpoint.keep_best", "maybe"]),
     ],
