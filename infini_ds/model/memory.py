@@ -107,19 +107,21 @@ def accumulate(state: MemoryState, segments: MemoryState, document_held: Tensor 
 def _prefix_sums(old: Tensor, new: Tensor, document_held: Tensor | None) -> Tensor:
     """Sums of `old` (B, …) and the first 0, 1, … N of `new` (B, N, …), begun again where the document held changes.
 
-    Segment j is part of the memory before segment s if j < s and the memory still held the same document. A sum over
+    Segment j is part of the memory after segment s if j <= s and the memory then holds the same document. A sum over
     these, and not a difference of two prefix sums, keeps documents apart to the last bit. The sums are products with a
-    triangle of zeros and ones, for some segments at a time: over all N at once the work would grow with N squared.
+    triangle of zeros and ones, which are faster than `cumsum`, for some segments at a time: over all N at once the work
+    would grow with N squared. What is carried on is added apart, so that it stays exact where products are in TF32.
     """
-    old = old.unsqueeze(1).to(new.dtype)
-    if document_held is None:
-        return torch.cat([old, new], dim=1).cumsum(1)
-    sums = [old]
+    sums, trailing = [old.unsqueeze(1).to(new.dtype)], (1,) * (new.dim() - 2)
     for first in range(0, new.shape[1], TRIANGLE):
-        terms = torch.cat([sums[-1][:, -1:], new[:, first : first + TRIANGLE]], dim=1)
-        held = document_held[:, first : first + terms.shape[1]]
-        part = (held[:, :, None] == held[:, None, :]).tril().to(terms.dtype)
-        sums.append((part @ terms.flatten(2)).view_as(terms)[:, 1:])
+        terms, carried = new[:, first : first + TRIANGLE], sums[-1][:, -1:]
+        if document_held is None:
+            part = terms.new_ones(1, terms.shape[1], terms.shape[1]).tril()
+        else:
+            held = document_held[:, first + 1 : first + 1 + terms.shape[1]]
+            part = (held[:, :, None] == held[:, None, :]).tril().to(terms.dtype)
+            carried = carried * (held == document_held[:, first : first + 1]).view(*held.shape, *trailing)
+        sums.append((part @ terms.flatten(2)).view_as(terms) + carried)
     return torch.cat(sums, dim=1)
 
 
