@@ -156,7 +156,7 @@ def test_two_ranks_stop_and_fail_together_however_they_were_started(start, shard
     assert max(abs(a - b) for a, b in zip(alone, recorded(job.run, "train/loss"), strict=False)) < 1e-4
 
 
-def test_ctrl_c_on_the_quickstart_is_one_sentence_and_another_one_ends_it_at_once(shards, tmp_path):
+def test_ctrl_c_on_the_quickstart_is_one_sentence(shards, tmp_path):
     run = tmp_path / "quick"
     where = [f"data.path={shards}", f"output={tmp_path}", "name=quick"]
     command = [sys.executable, "launch/quickstart.py", "--config", "launch/recipes/tiny-cpu.yaml", *where, *SHAPE]
@@ -168,12 +168,19 @@ def test_ctrl_c_on_the_quickstart_is_one_sentence_and_another_one_ends_it_at_onc
     assert said.count("stopped by SIGINT at step") == 1 and "=== export" not in said
     assert not any(word in said for word in ("Traceback", "error", "ERROR", "Killing")), said
 
-    job = Job([*command, *CHOICES, "batch.rows=256", "name=slow"], tmp_path / "slow")  # a step that lasts
-    job.wait_for(lambda: "slow: " in job.output)
-    time.sleep(2)
+
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_another(shards, tmp_path):
+    """In a call into C, where Python runs no handler of a signal."""
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=waits"]
+    held = [sys.executable, "launch/hold.py", *LAUNCHERS["deepspeed"]]
+    job = Job([*held, "launch/pretrain.py", *where, *SHAPE, *CHOICES], tmp_path / "waits")
+    job.wait_for_steps(3)
+    waits, hangs = job.rank(0), job.rank(1)
+    hangs.suspend()
     job.signal_all(signal.SIGINT)
     time.sleep(1.5)
+    assert waits.is_running() and "stopped by" not in job.output
     job.signal_all(signal.SIGINT)
-    begun = time.monotonic()
+    assert not psutil.wait_procs([waits], timeout=5)[1]
+    hangs.kill()
     assert job.end() == 130, job.output
-    assert time.monotonic() - begun < 5
