@@ -3,6 +3,7 @@
 Prints one line of JSON.
 """
 
+import ctypes
 import json
 import resource
 import statistics
@@ -31,6 +32,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back to the system
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory starts anew
             self.before = psutil.Process().memory_info().rss
 

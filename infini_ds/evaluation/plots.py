@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 plt.rcParams.update(
     {
@@ -105,8 +106,11 @@ def speed_and_memory(cases: dict[tuple[int, str], dict], file: Path) -> None:
         speed.plot(lengths, [case["tokens_per_s"] for _, case in lines], label=contender, **style)
         memory.plot(lengths, [case["peak_memory"] / 2**20 for _, case in lines], **style)
     for axes, label in ((speed, "tokens a second"), (memory, "peak memory above the model (MiB)")):
-        axes.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel=label)
+        axes.set(yscale="log", xlabel="tokens of a row", ylabel=label)
         axes.set_xscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     figure.legend(loc="lower center", ncols=len(contenders), fontsize=9)
     figure.suptitle("A training step", fontsize=12)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
