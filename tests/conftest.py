@@ -107,6 +107,7 @@ SHAPE = [
 STEPS = [
     *("batch.rows=4", "batch.micro_rows=2", "steps=20", "log_every=1", "validation.every=0", "checkpoint.every=8"),
     *("optimizer.learning_rate=0.005", "schedule.kind=cosine", "schedule.warmup_steps=4"),
+    "guard.check_gradients=true",
 ]
 TINY = SHAPE + STEPS
 
@@ -134,15 +135,15 @@ def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, rank
     return run_script(*options, *arguments, program=launcher, code=code)
 
 
-def start_ranks(ranks: int, *arguments: str) -> list[subprocess.Popen]:
-    """Start launch/pretrain.py as `ranks` plain processes, which saves the launcher's own seconds; each leads a process
+def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py") -> list[subprocess.Popen]:
+    """Start `script` as `ranks` plain processes, which saves the launcher's own seconds; each leads a process
     group of its own, so that os.killpg reaches its workers too.
     """
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         subprocess.Popen(
-            [sys.executable, "launch/pretrain.py", *arguments],
+            [sys.executable, script, *arguments],
             cwd=ROOT,
             env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
             stdout=subprocess.PIPE,

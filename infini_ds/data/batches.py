@@ -39,6 +39,15 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     }
 
 
+def blank_rows(batch: dict[str, Tensor], numbers: set[int]) -> dict[str, Tensor]:
+    """The batch with these rows, by number, blank: nothing is predicted in them, and nothing of their content is left
+    that could make a loss or a gradient of the others infinite. All else stays in its place.
+    """
+    blank = torch.tensor([row in numbers for row in batch["row_numbers"].tolist()])[:, None]
+    content = {"input_ids": 0, "document_ids": 0, "attention_mask": 1, "labels": IGNORED}
+    return batch | {name: batch[name].masked_fill(blank, value) for name, value in content.items()}
+
+
 def predicted_tokens(batch: dict[str, Tensor]) -> int:
     """How many tokens of the batch the loss is taken over: all labels that count, but the first of each row."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())

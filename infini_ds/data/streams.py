@@ -49,6 +49,7 @@ class TrainingStream:
 
     def __init__(self, sources: list[Source], rows: int, seed: int, workers: int, cache_limit: int | None = None):
         self.waited = 0.0
+        self._made_of = (sources, rows, seed, workers, cache_limit)
         self.dataset = _open(
             sources, "train", weighted=True, cache_limit=cache_limit, shuffle=True, shuffle_seed=seed, batch_size=rows
         )
@@ -91,6 +92,12 @@ class TrainingStream:
 
     def state_dict(self) -> dict:
         return self.loader.state_dict() | {"fingerprint": self.fingerprint}
+
+    def at(self, state: dict) -> "TrainingStream":
+        """A new stream of the same rows that stands at `state`: one that has been read cannot be put back."""
+        stream = TrainingStream(*self._made_of)
+        stream.load_state_dict(state)
+        return stream
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError: the state is of other data, or of another global batch."""

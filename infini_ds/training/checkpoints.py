@@ -101,19 +101,23 @@ def remove_surplus(run: Path, step: int, keep: CheckpointRecipe) -> None:
 
 
 def steps_to_keep(marks: Iterable[Mark], keep: CheckpointRecipe) -> set[int]:
-    """The last `keep_last`, those whose step `keep_every` divides, and the one of the lowest validation loss."""
+    """The last `keep_last`, those whose step `keep_every` divides, the one of the lowest validation loss, and the last
+    that a run in trouble can go back to.
+    """
     marks = sorted(marks, key=lambda mark: mark.state.step)
     kept = {mark.state.step for mark in marks[-keep.keep_last :]}
     if keep.keep_every:
         kept |= {mark.state.step for mark in marks if mark.state.step % keep.keep_every == 0}
+    kept |= {mark.state.step for mark in [mark for mark in marks if not mark.state.skipped_in_a_row][-1:]}
     judged = [mark for mark in marks if mark.validation_loss is not None and isfinite(mark.validation_loss)]
     if keep.keep_best and judged:
         kept.add(min(judged, key=lambda mark: mark.validation_loss).state.step)
     return kept
 
 
-def newest_whole(run: Path) -> Path | None:
+def newest_whole(run: Path, healthy: bool = False) -> Path | None:
     """The newest checkpoint whose files are as they were written, the same on every rank; None if the run has none.
+    With `healthy` the newest of those that were not written in a row of skipped steps.
 
     The first rank says which there are, since a shared file system may show the others less. The files are shared out
     for reading. The first rank prints a sentence for each checkpoint that is passed over.
@@ -128,6 +132,8 @@ def newest_whole(run: Path) -> Path | None:
             print(sentence, flush=True)
 
     listed = [(good_checkpoints(run), unfinished_checkpoints(run))]
+    if healthy:
+        listed = [([checkpoint for checkpoint in listed[0][0] if not _skipped_steps(checkpoint)], [])]
     dist.broadcast_object_list(listed)
     good, unfinished = listed[0]
     for folder in unfinished:
@@ -145,6 +151,13 @@ def newest_whole(run: Path) -> Path | None:
             "or begin anew with another name="
         )
     return None
+
+
+def _skipped_steps(checkpoint: Path) -> int:
+    try:
+        return read_mark(checkpoint).state.skipped_in_a_row
+    except ValueError:
+        return 0  # damaged, which is said where its files are read
 
 
 def load(engine, checkpoint: Path) -> tuple[TrainState, dict]:

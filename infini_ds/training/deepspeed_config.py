@@ -46,6 +46,11 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2):
         raise ValueError(f"zero_optimization.stage={stage} in deepspeed={path}: this project trains with stage 1 or 2")
+    if config["zero_optimization"].get("compute_grad_norm") is False:
+        raise ValueError(
+            f"zero_optimization.compute_grad_norm=false in deepspeed={path}: without the norm nothing keeps the "
+            "optimizer from a step on a gradient that is not finite, so leave it out"
+        )
     decided = {
         "train_batch_size": shape.rows,
         "train_micro_batch_size_per_gpu": shape.micro_rows,

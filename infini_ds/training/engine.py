@@ -65,6 +65,23 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict]
     return [{"name": name, **group} for name, group in groups.items()]
 
 
+def step(engine, skip: bool = False) -> None:
+    """DeepSpeed's step behind a backward pass: the optimizer's, if that was the last of the batch.
+
+    With `skip`, on all ranks, weights, moments and schedule stay as they are. DeepSpeed decides that by the norm of the
+    gradient, which it sums up over the ranks: one number that is none in the smallest parameter is enough.
+    """
+    if skip:
+        smallest = min(engine.module.parameters(), key=torch.numel)
+        deepspeed.utils.safe_set_full_grad(smallest, torch.full_like(smallest, torch.nan, dtype=torch.float32))
+    engine.step()
+
+
+def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """What the ranks have summed up, whole, between the last backward pass of a batch and the step; asked by all."""
+    return deepspeed.utils.safe_get_full_grad(parameter)
+
+
 def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.device):
     """The DeepSpeed engine, with AdamW over the three parameter groups and the recipe's schedule."""
     choice = recipe.optimizer
@@ -81,4 +98,6 @@ def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.d
     of_step.append(lambda step: gate_factor(recipe.schedule, recipe.steps, step))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    # For fp32 DeepSpeed asks the norm alone. With the optimizer on the CPU it takes that before `step` can spoil it.
+    engine.optimizer.check_grad_overflow = True
     return engine

@@ -22,6 +22,10 @@ class TrainState:
     tokens: int = 0
     validated: int = -1  # the step of the last validation
     validation_loss: float | None = None  # at that step
+    skipped_in_a_row: int = 0  # steps up to this one without a finite loss or gradient
+    losses: int = 0  # that the next two are taken over
+    loss_mean: float = 0.0  # of recent steps
+    loss_variance: float = 0.0
 
 
 @dataclass(frozen=True)

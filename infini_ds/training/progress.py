@@ -45,6 +45,13 @@ class ProgressBar:
             self._last_line = time.monotonic()
             self.say(f"{self.what} {self.done}/{self.total}  {text}  {self._time_left()} left")
 
+    def go_back(self, done: int) -> None:
+        """Count on from `done`."""
+        self.done = self._start = done
+        self._started_at = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
         if not self.shown:

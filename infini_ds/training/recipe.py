@@ -114,6 +114,19 @@ class PlanRecipe:
 
 
 @dataclass(frozen=True)
+class GuardRecipe:
+    """What is watched, and when a run goes back to its last good checkpoint and passes over rows."""
+
+    skipped_in_a_row: int = 10  # steps without a finite loss or gradient, before the run goes back
+    roll_backs: int = 2  # times that it goes back to the same checkpoint, before it ends with an error
+    spike_sigmas: float = 8.0  # standard deviations above the recent mean that make a loss a spike; 0: nothing is one
+    spike_window: int = 100  # steps that mean and deviation are taken over; before so many, nothing is a spike
+    on_spike: str = "flag"  # or roll_back
+    spike_batches: int = 10  # that are passed over for a spike, up to its own
+    check_gradients: bool = False  # compare the first step's gradients with an unsharded recompute, at each start
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str = "run"  # of the run: its folder is output/name
     output: str = "runs"
@@ -131,6 +144,7 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     validation: ValidationRecipe = field(default_factory=ValidationRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    guard: GuardRecipe = field(default_factory=GuardRecipe)
     plan: PlanRecipe = field(default_factory=PlanRecipe)
 
     @property
@@ -220,6 +234,7 @@ def check(recipe: Recipe) -> None:
     one_of("precision", recipe.precision, "auto", "fp32", "bf16")
     one_of("model.attention", recipe.model.attention, "sdpa", "flex_attention")
     one_of("schedule.kind", recipe.schedule.kind, "cosine", "wsd", "constant")
+    one_of("guard.on_spike", recipe.guard.on_spike, "flag", "roll_back")
     one_of("schedule.gates", recipe.schedule.gates, "same", "constant")
     for key, value in (("optimizer.beta1", recipe.optimizer.beta1), ("optimizer.beta2", recipe.optimizer.beta2)):
         if not 0 <= value < 1:
@@ -235,6 +250,9 @@ def check(recipe: Recipe) -> None:
         ("validation.rows", recipe.validation.rows),
         ("checkpoint.every", recipe.checkpoint.every),
         ("checkpoint.keep_last", recipe.checkpoint.keep_last),
+        ("guard.skipped_in_a_row", recipe.guard.skipped_in_a_row),
+        ("guard.spike_window", recipe.guard.spike_window),
+        ("guard.spike_batches", recipe.guard.spike_batches),
         ("plan.gpus", recipe.plan.gpus),
     ):
         at_least(key, value, 1)
@@ -249,6 +267,8 @@ def check(recipe: Recipe) -> None:
         ("schedule.decay_steps", recipe.schedule.decay_steps),
         ("validation.every", recipe.validation.every),
         ("checkpoint.keep_every", recipe.checkpoint.keep_every),
+        ("guard.roll_backs", recipe.guard.roll_backs),
+        ("guard.spike_sigmas", recipe.guard.spike_sigmas),
         ("data.workers", recipe.data.workers),
         ("data.seed", recipe.data.seed),
         ("seed", recipe.seed),

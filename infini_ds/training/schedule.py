@@ -27,11 +27,11 @@ def gate_factor(schedule: ScheduleRecipe, steps: int, step: int) -> float:
     return factor(schedule, steps, max(step, schedule.warmup_steps))
 
 
-def gate_reach(recipe: Recipe) -> float:
-    """How far a gate beta can move from its start in the whole run.
+def gate_reach(recipe: Recipe, steps: int | None = None) -> float:
+    """How far a gate beta can move from its start in the first `steps` steps (None: in the whole run).
 
     Adam moves a value by at most its learning rate a step where 1 - beta1 <= sqrt(1 - beta2), as usual (Kingma and Ba
     2015, section 2.1).
     """
-    steps = (gate_factor(recipe.schedule, recipe.steps, step) for step in range(recipe.steps))
-    return recipe.optimizer.gate_learning_rate * sum(steps)
+    factors = (gate_factor(recipe.schedule, recipe.steps, step) for step in range(recipe.steps)[:steps])
+    return recipe.optimizer.gate_learning_rate * sum(factors)

@@ -28,7 +28,7 @@ from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
 MAY_CHANGE = (
     *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
     *("data.path", "data.streams", "data.cache", "data.cache_limit", "data.workers"),  # the fingerprint is compared
-    *("checkpoint", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
+    *("checkpoint", "guard", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
     *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
 )
 
