@@ -1,4 +1,4 @@
-"""Guards: faults that are really there are seen by all ranks before the optimizer steps, passed over, or end the run."""
+"""Guards: faults that are really there are seen by all ranks before the optimizer steps, and passed over."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def batches(shards, tmp_path_factory) -> dict[int, dict]:
     """The global batches that the tests' recipe sees, by step."""
     where = [f"data.path={shards}", f"output={tmp_path_factory.mktemp('unused')}"]
     training = set_up(load_recipe(None, [*where, *SHAPE, *STEPS]), identify())
-    return {step: batch for step, batch in zip(range(1, 21), training.stream, strict=False)}
+    return dict(zip(range(1, 21), training.stream, strict=False))
 
 
 STAGE_1 = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -107,7 +107,11 @@ def test_two_ranks_go_back_and_a_kill_in_it_changes_nothing(pretrain, shards, ba
     (passed_over,) = lines(run / "passed_over.jsonl")
     rows = batches[6]["row_numbers"].tolist() + batches[7]["row_numbers"].tolist()
     assert (passed_over["from"], passed_over["back_to"]) == (7, 4)
-    assert passed_over["rows"] == sorted(rows) == sorted(sum(skipped[0]["rows"] + skipped[1]["rows"], []))
+    assert (
+        passed_over["rows"]
+        == sorted(rows)
+        == sorted(row for line in skipped for of_rank in line["rows"] for row in of_rank)
+    )
     assert "step-000004: " in outputs[1][0] and "step 6: all of its rows are passed over" in outputs[1][0]
     expected = losses(pretrain("without", without=[6, 7]))[:18]
     assert losses(run) == pytest.approx(expected, abs=1e-5)
@@ -131,13 +135,9 @@ def test_a_spike_is_flagged_or_passed_over(pretrain, batches, capsys):
 def test_a_run_that_going_back_does_not_help_ends(pretrain, tmp_path, capsys):
     """A learning rate so high that the first step ruins the weights."""
     choices = ["optimizer.learning_rate=1e30", "guard.skipped_in_a_row=3", "checkpoint.keep_last=1"]
-    with pytest.raises(
-        ValueError, match=r"last 3 steps up to \d+ had no finite loss or gradient, and there is no check"
-    ):
+    with pytest.raises(ValueError, match=r"last 3 steps up to 4 .*, and there is no checkpoint from before"):
         pretrain("early", *choices, "checkpoint.every=20")
-    with pytest.raises(
-        ValueError, match=r"last 3 steps up to \d+ .* after going back to step \d+ 2 times .*: lower opt"
-    ):
+    with pytest.raises(ValueError, match=r"last 3 steps up to 10 .*, after going back to step 1 2 times .*: lower opt"):
         pretrain("diverged", *choices, "checkpoint.every=1")
     assert capsys.readouterr().out.count("the run goes back from step") == 2
     assert len(lines(tmp_path / "diverged" / "passed_over.jsonl")) == 2
