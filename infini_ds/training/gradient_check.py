@@ -34,12 +34,12 @@ def check_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, stat
     restore_random_states(now)
     differences, norms = {}, {}
     for name, parameter in run.model.named_parameters():
-        differences[name] = (full_gradient(parameter).float() - reference[name]).norm().item()
+        differences[name] = (full_gradient(parameter).float() - reference[name]).norm().nan_to_num(torch.inf).item()
         norms[name] = reference[name].norm().item()
     total = sum(norm**2 for norm in norms.values()) ** 0.5
     lowered = run.precision == "bf16" or run.engine.torch_autocast_enabled()
     tolerance = TOLERANCE[torch.bfloat16 if lowered else torch.float32]
-    off = {name: differences[name] / (norms[name] + SMALL * total) for name in norms if total}
+    off = {name: differences[name] / (norms[name] + SMALL * total) for name in norms if 0 < total < torch.inf}
     worst = max(off, key=off.get, default=None)
     if worst and off[worst] > tolerance:
         raise ValueError(

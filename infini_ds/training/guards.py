@@ -48,24 +48,25 @@ class Trouble:
     """Why the run has to go back."""
 
     what: str
-    steps: int  # the last so many are passed over
+    spike: bool
 
 
 class Guard:
     """Of one run, on every rank alike."""
 
     def __init__(self, run: Training):
-        self.run, self.recipe = run, run.recipe.guard
+        self.run, self.recipe, self._folder = run, run.recipe.guard, run.recipe.folder
         self.checkpoint_stands = run.resumed_from is not None
         self.checks_gradients = self.recipe.check_gradients  # of the first step that is made
-        self._went_back = _of_first_rank(lambda: _read_lines(run.recipe.folder / PASSED_OVER))
-        self._recent = deque(maxlen=max(self.recipe.skipped_in_a_row, self.recipe.spike_batches))
+        self._went_back = _of_first_rank(lambda: _read_lines(self._folder / PASSED_OVER))
+        self._recent = deque(maxlen=self.recipe.spike_batches)  # steps, and this rank's row numbers
 
     def without_passed_over(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with the rows blank that the run passes over."""
         self._recent.append((self.run.state.step + 1, batch["row_numbers"].tolist()))
-        rows = {row for line in self._went_back for row in line["rows"]}
-        return blank_rows(batch, rows) if rows else batch
+        if not self._went_back:
+            return batch
+        return blank_rows(batch, {row for line in self._went_back for row in line["rows"]})
 
     def judge(self, share: Tensor, predicted: Tensor, stop: Stop) -> Verdict:
         """Let all ranks know of each other what they have to know before the optimizer steps.
@@ -109,9 +110,9 @@ class Guard:
         rows = _of_all_ranks(self._recent[-1][1])
         if run.process.is_first:
             line = {"step": state.step, "reason": reason, "ranks": verdict.ranks, "rows": rows}
-            _add_line(run.recipe.folder / SKIPPED, line)
+            _add_line(self._folder / SKIPPED, line)
         if verdict.goes_back:
-            return Trouble(f"the loss spiked at step {state.step}", self.recipe.spike_batches)
+            return Trouble(f"the loss spiked at step {state.step}", spike=True)
         state.skipped_in_a_row = n = state.skipped_in_a_row + 1
         where = f" on rank {', '.join(map(str, verdict.ranks))}" if verdict.ranks else ""
         recorder.event(
@@ -119,7 +120,7 @@ class Guard:
         )
         if n < self.recipe.skipped_in_a_row:
             return None
-        return Trouble(f"the last {n} steps up to {state.step} had no finite loss or gradient", n)
+        return Trouble(f"the last {n} steps up to {state.step} had no finite loss or gradient", spike=False)
 
     def go_back(self, trouble: Trouble) -> str:
         """Put the run back to its last good checkpoint, whose step came before any of those in trouble, and pass over
@@ -131,7 +132,7 @@ class Guard:
         Raises:
             ValueError: there is no such checkpoint, or the run has gone back to it too often.
         """
-        run, folder = self.run, self.run.recipe.folder
+        run, folder = self.run, self._folder
         remedy = f"lower optimizer.learning_rate={run.recipe.optimizer.learning_rate}, in a run of another name="
         target = checkpoints.newest_whole(folder, healthy=True)
         if target is None:
@@ -143,15 +144,16 @@ class Guard:
                 f"{trouble.what}, after going back to step {step} {times} times (guard.roll_backs="
                 f"{self.recipe.roll_backs}) and passing over the rows in {folder / PASSED_OVER}: {remedy}"
             )
-        rows = self._rows_of(trouble, behind=step)
+        rows, failed_at = self._rows_of(trouble, behind=step), run.state.step
+        line = {"from": failed_at, "back_to": step, "why": trouble.what, "rows": rows}
         if run.process.is_first:
-            for checkpoint in good_checkpoints(folder):
-                if read_mark(checkpoint).state.step > step:
-                    checkpoints.remove(checkpoint)
-            line = {"from": run.state.step, "back_to": step, "why": trouble.what, "rows": rows}
+            good = good_checkpoints(folder)
+            for later in good[good.index(target) + 1 :]:
+                checkpoints.remove(later)
             _add_line(folder / PASSED_OVER, line)
-        failed_at = run.state.step
         dist.barrier()
+        self._went_back.append(line)
+        self._recent.clear()
         run.state, data_state = checkpoints.load(run.engine, target)
         run.stream = run.stream.at(data_state)
         run.resumed_from = target
@@ -161,15 +163,15 @@ class Guard:
         )
 
     def _rows_of(self, trouble: Trouble, behind: int) -> list[int]:
-        """The rows of the steps in trouble, as far as they come behind the step that the run goes back to."""
-        first = max(self.run.state.step - trouble.steps, behind) + 1
-        mine = [row for step, rows in self._recent if step >= first for row in rows]
-        rows = {row for of_rank in _of_all_ranks(mine) for row in of_rank}
-        # Steps that were skipped before the run was stopped and started again.
-        for line in _of_first_rank(lambda: _read_lines(self.run.recipe.folder / SKIPPED)):
-            if line["step"] >= first:
-                rows |= {row for of_rank in line["rows"] for row in of_rank}
-        return sorted(rows)
+        """The rows of the steps in trouble; those of a spike as far as they come behind the step `behind`."""
+        if trouble.spike:
+            of_ranks = _of_all_ranks([row for step, rows in self._recent if step > behind for row in rows])
+        else:  # from the disk, since the run may have been stopped and started again in between
+            state, lines = self.run.state, _of_first_rank(lambda: _read_lines(self._folder / SKIPPED))
+            skipped = {line["step"]: line["rows"] for line in lines if line["reason"] != "spike"}
+            steps = sorted(step for step in skipped if step <= state.step)[-state.skipped_in_a_row :]
+            of_ranks = [rows for step in steps for rows in skipped[step]]
+        return sorted({row for rows in of_ranks for row in rows})
 
 
 def _follow(state: TrainState, loss: float, window: int) -> None:
