@@ -73,7 +73,10 @@ def step(engine, skip: bool = False) -> None:
     """
     if skip:
         smallest = min(engine.module.parameters(), key=torch.numel)
-        deepspeed.utils.safe_set_full_grad(smallest, torch.full_like(smallest, torch.nan, dtype=torch.float32))
+        if getattr(smallest, "_hp_grad", None) is not None:  # bf16 with stage 1, whose gradient the next line misses
+            smallest._hp_grad.fill_(torch.nan)
+        else:
+            deepspeed.utils.safe_set_full_grad(smallest, torch.full_like(smallest, torch.nan, dtype=torch.float32))
     engine.step()
 
 
