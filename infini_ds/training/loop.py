@@ -58,7 +58,8 @@ def make_steps(run: Training, guard: Guard, progress: ProgressBar, stop: Stop) -
                 break
             if not stop.agreed and validation_is_due(run):
                 validate(run, recorder, stop)
-            if state.step % recipe.checkpoint.every == 0 or last or stop.agreed:
+            due = state.step % recipe.checkpoint.every == 0 and not verdict.empty  # else going back there were progress
+            if due or last or stop.agreed:
                 with recorder.paused():
                     data_state = run.stream.state_dict()
                     folder = checkpoints.save(run.engine, recipe.folder, state, data_state, recipe.checkpoint)
