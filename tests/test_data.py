@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -116,6 +118,25 @@ def run_ranks(folder: Path, job: list) -> list:
             assert done.returncode == 0, done.stderr
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return list(zip(*ranks, strict=True))
+
+
+def test_nothing_stays_open_of_data_that_were_left(many):
+    """Begun and dropped in the middle, as by a run that goes back: no segment, file or thread of it stays."""
+
+    def kept() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    def leave_behind() -> None:
+        read(open_stream(many), 3)
+        ValidationRows(find_sources(str(many), [], ""))[0]
+
+    leave_behind()
+    before, deadline = kept(), time.monotonic() + 60
+    for _ in range(5):
+        leave_behind()
+    while any(now > then for now, then in zip(kept(), before, strict=True)):
+        assert time.monotonic() < deadline, f"{before} open files and threads became {kept()}"
+        time.sleep(0.02)  # threads look every few milliseconds whether to end
 
 
 def test_an_epoch_takes_each_row_once_and_repeat_more(many, shards):

@@ -5,8 +5,10 @@ import os
 import shutil
 import socket
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,16 @@ class ShardStream(Stream):
         return file
 
 
+@contextmanager
+def _counted(iterator) -> Iterator[None]:
+    """Count a thread that fails as one that has ended: streaming waits for them all."""
+    try:
+        yield
+    except BaseException:
+        iterator.on_exit()
+        raise
+
+
 class ShardDataset(StreamingDataset):
     """Rows with their number, `row`, counted through all streams; and an error in a thread of streaming is raised where
     the rows are asked for, in place of a stack on standard error and an epoch that seems to be over."""
@@ -130,7 +142,7 @@ class ShardDataset(StreamingDataset):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self._held = hold(self._locals_shm.shm.name)
+        weakref.finalize(self, os.close, hold(self._locals_shm.shm.name))
 
     def on_exception(self, future: Future) -> None:
         if future.exception() is not None:
@@ -148,13 +160,27 @@ class ShardDataset(StreamingDataset):
             raise
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        threads = None
         try:
-            yield from super().__iter__()
+            for row in super().__iter__():
+                threads = self._iterator
+                yield row
         except RuntimeError:  # so streaming says that a thread has failed
             if self.failure is None:
                 raise
+        finally:  # else, where an epoch is left early, they would look for work, and keep this dataset, without end
+            if threads is not None:
+                threads.non_blocking_exit()
         if self.failure is not None:
             raise self.failure
+
+    def _prepare_thread(self, it) -> None:
+        with _counted(it):
+            super()._prepare_thread(it)
+
+    def _ready_thread(self, it) -> None:
+        with _counted(it):
+            super()._ready_thread(it)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         return super().get_item(sample_id, retry) | {"row": sample_id}
