@@ -12,7 +12,7 @@ pretrain: $(INSTALLED)
 	@.venv/bin/python launch/quickstart.py $(ARGS)
 
 test: $(INSTALLED)
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slurm: $(INSTALLED)
 	@.venv/bin/python -m pytest -s tests/slurm/check_jobs.py $(ARGS)
