@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SHAPE, STEPS, environment, pretrain
+from conftest import ROOT, SHAPE, STEPS, environment, pretrain, start_ranks
 
 from infini_ds.training.metrics import read_metrics
 from infini_ds.training.processes import free_port
@@ -120,8 +120,8 @@ def test_a_signal_in_the_validation_leaves_it_saves_and_the_next_run_makes_it(st
 
 
 def test_two_ranks_stop_and_fail_together_however_they_were_started(start, shards, tmp_path):
-    """One run: the end of the `deepspeed` command, which leaves its ranks; Ctrl-C under torchrun; a rank that dies; a
-    rank that hangs.
+    """One run: the end of the `deepspeed` command, which leaves its ranks; Ctrl-C under torchrun; a rank that dies. And
+    a rank that hangs, without a launcher.
     """
     job = start("deepspeed")
     job.wait_for_steps(5)
@@ -143,13 +143,15 @@ def test_two_ranks_stop_and_fail_together_however_they_were_started(start, shard
     assert job.output.count("error on rank 0: lost contact to rank 1 (") == 1
     assert "Traceback" not in job.output, job.output
 
-    job = start("torchrun", "timeout_minutes=0.15")
-    job.wait_for_steps(5)
-    hangs = job.rank(1)
-    hangs.suspend()
-    job.wait_for(lambda: "error on rank 0: lost contact to rank 1 (" in job.output, 30.0)
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=hangs"]
+    first, hangs = start_ranks(2, *where, *SHAPE, *CHOICES, "timeout_minutes=0.1")
+    while len(recorded(tmp_path / "hangs", "train/loss")) < 5:
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(hangs.pid, signal.SIGSTOP)
+    output, _ = first.communicate(timeout=60)
     hangs.kill()
-    assert job.end() == 1
+    assert first.returncode == 1 and "error on rank 0: lost contact to rank 1 (" in output, output
 
     pretrain(shards, tmp_path, "alone", *CHOICES, f"steps={saved}")
     alone = recorded(tmp_path / "alone", "train/loss")
