@@ -64,7 +64,7 @@ class Job:
         say(f"{name}: {self.shortly(given)} -> job {self.id}")
 
     def shortly(self, text: str) -> str:
-        return text.replace(str(self.run), "RUN").replace(str(self.folder), "OUTPUT")
+        return text.replace(f"{self.run}/", "RUN/").replace(f"{self.folder}/", "OUTPUT/")
 
     def losses(self) -> list[float]:
         return [line["train/loss"] for line in read_metrics(self.run) if "train/loss" in line]
