@@ -16,6 +16,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATO
 
 import pytest
 import torch
+from forks import Fork
 
 from infini_ds.training.loop import train
 from infini_ds.training.processes import identify
@@ -135,24 +136,12 @@ def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, rank
     return run_script(*options, *arguments, program=launcher, code=code)
 
 
-def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py") -> list[subprocess.Popen]:
-    """Start `script` as `ranks` plain processes, which saves the launcher's own seconds; each leads a process
-    group of its own, so that os.killpg reaches its workers too.
-    """
+def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py") -> list[Fork]:
+    """Start `script` as `ranks` processes without a launcher, each at the head of a process group."""
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
-            cwd=ROOT,
-            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [Fork(script, *arguments, cwd=ROOT, env=environment(**shared, **place)) for place in places]
 
 
 def run_ranks(ranks: int, *arguments: str) -> str:

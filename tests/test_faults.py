@@ -80,7 +80,7 @@ def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
         since, processes = time.time_ns(), start_ranks(RANKS, *arguments, "name=killed")
         try:
             if kind == "starting":
-                time.sleep(draw.uniform(1, 8))
+                time.sleep(draw.uniform(0.1, 2))
             elif kind == "training":
                 target = standing + draw.randint(1, 16)
                 wait_until(processes, lambda n=target, t=since: recorded(run, t) >= n)

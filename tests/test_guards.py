@@ -10,6 +10,7 @@ from conftest import SHAPE, STEPS, start_ranks
 from faults import Fault, inject
 
 from infini_ds.data.batches import blank_rows
+from infini_ds.training import gradient_check
 from infini_ds.training.loop import train
 from infini_ds.training.marks import good_checkpoints, read_mark
 from infini_ds.training.memory_health import MemoryHealth
@@ -68,16 +69,21 @@ def batches(shards, tmp_path_factory) -> dict[int, dict]:
 
 
 STAGE_1 = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+AUTOCAST = STAGE_1 | {"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 @pytest.mark.parametrize("kind", ["embedding", "loss"])
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 2), ("bf16", 2), ("fp32", 1), ("bf16", 1)])
-def test_a_skipped_step_leaves_no_trace(kind, precision, stage, pretrain, batches, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("precision", "own"),
+    [("fp32", None), ("bf16", None), ("fp32", STAGE_1), ("bf16", STAGE_1), ("fp32", AUTOCAST)],
+    ids=["fp32", "bf16", "fp32-stage1", "bf16-stage1", "autocast"],
+)
+def test_a_skipped_step_leaves_no_trace(kind, precision, own, pretrain, batches, tmp_path, capsys):
     """Not in the weights, the moments or the schedule: the losses are those of a run that never saw the batch."""
     choices = ["steps=8", "checkpoint.every=8", f"precision={precision}"]
-    if stage == 1:
-        (tmp_path / "stage1.json").write_text(json.dumps(STAGE_1))
-        choices.append(f"deepspeed={tmp_path / 'stage1.json'}")
+    if own:
+        (tmp_path / "own.json").write_text(json.dumps(own))
+        choices.append(f"deepspeed={tmp_path / 'own.json'}")
     run = pretrain("faulty", *choices, fault=Fault(kind, batches[3]["input_ids"][1:2]))
     assert losses(run) == losses(pretrain("without", *choices, without=[3]))[:7]
     rows = batches[3]["row_numbers"].tolist()
@@ -126,6 +132,7 @@ def test_a_spike_is_flagged_or_passed_over(pretrain, batches, capsys):
     assert [line["step"] for line in read_metrics(flagged) if "guard/loss_spike" in line] == [11]
     assert not (flagged / "passed_over.jsonl").exists()
 
+    choices.append("data.workers=1")  # which has read ahead of where the run goes back
     run = pretrain("back", *choices, "guard.on_spike=roll_back", fault=fault)
     output = capsys.readouterr().out
     assert said in output and "goes back from step 11 to 8 and passes over 8 rows" in output
@@ -153,6 +160,15 @@ def test_a_wrong_gradient_on_one_of_two_ranks_ends_the_run(shards, tmp_path):
     assert ranks[0].returncode == 2, outputs
     assert "summed up for transformer.h.1.ln_1.weight differs from an unsharded recompute by 0.0" in outputs[0]
     assert "(1 of " in outputs[0]
+
+
+@pytest.mark.parametrize("blocks", [[], ["model.segments_per_block=2", "model.gradient_checkpointing=true"]])
+def test_dropout_falls_the_same_in_the_recompute(blocks, pretrain, monkeypatch):
+    dropout = [f"model.config.{place}_dropout=0.2" for place in ("attention", "embed", "resid")]
+    pretrain("dropout", "steps=4", *dropout, *blocks)
+    monkeypatch.setattr(gradient_check, "restore_random_states", lambda states: None)
+    with pytest.raises(ValueError, match=r"differs from an unsharded recompute by .* \(32 of 32 parameters do\)"):
+        pretrain("other", "steps=4", *dropout, *blocks)
 
 
 def test_blank_rows_keep_shape_and_paths(batches):

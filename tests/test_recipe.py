@@ -92,6 +92,16 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
         ("data.streams=[{path: a, proportoin: 1}]", ["proportoin", "Did you mean: 'proportion'"]),
         ("checkpoint.keep_every=-1", ["checkpoint.keep_every=-1", "at least 0"]),
         ("checkpoint.keep_best=maybe", ["checkpoint.keep_best", "maybe"]),
+        ("guard=false", ["guard", "has to be a group of keys, such as guard.skipped_in_a_row"]),
+        ("guard.rollbacks=3", ["guard.rollbacks", "did you mean guard.roll_backs?"]),
+        ("guard.skipped_in_a_row=0", ["guard.skipped_in_a_row=0", "at least 1"]),
+        ("guard.skipped_in_a_row=2.5", ["guard.skipped_in_a_row", "'2.5'", "Integer"]),
+        ("guard.roll_backs=-1", ["guard.roll_backs=-1", "at least 0"]),
+        ("guard.spike_sigmas=nan", ["guard.spike_sigmas=nan", "at least 0"]),
+        ("guard.spike_window=1", ["guard.spike_window=1", "at least 2"]),
+        ("guard.spike_batches=0", ["guard.spike_batches=0", "at least 1"]),
+        ("guard.on_spike=rollback", ["guard.on_spike='rollback'", "flag, roll_back"]),
+        ("guard.check_gradients=maybe", ["guard.check_gradients", "maybe"]),
     ],
 )
 def test_mistakes_get_a_sentence(override, words):
@@ -99,6 +109,11 @@ def test_mistakes_get_a_sentence(override, words):
         load_recipe(None, ["batch.rows=4", override])
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_going_back_for_a_spike_needs_spikes():
+    with pytest.raises(ValueError, match=r"guard.on_spike=roll_back, but with guard.spike_sigmas=0 .* deviations, or"):
+        load_recipe(None, ["batch.rows=4", "guard.on_spike=roll_back", "guard.spike_sigmas=0"])
 
 
 @pytest.mark.parametrize("every", [0, 300])

@@ -251,11 +251,16 @@ def check(recipe: Recipe) -> None:
         ("checkpoint.every", recipe.checkpoint.every),
         ("checkpoint.keep_last", recipe.checkpoint.keep_last),
         ("guard.skipped_in_a_row", recipe.guard.skipped_in_a_row),
-        ("guard.spike_window", recipe.guard.spike_window),
         ("guard.spike_batches", recipe.guard.spike_batches),
         ("plan.gpus", recipe.plan.gpus),
     ):
         at_least(key, value, 1)
+    at_least("guard.spike_window", recipe.guard.spike_window, 2)  # one step has no deviation
+    if recipe.guard.on_spike == "roll_back" and not recipe.guard.spike_sigmas:
+        raise ValueError(
+            "guard.on_spike=roll_back, but with guard.spike_sigmas=0 nothing is a spike: give it a number of standard "
+            "deviations, or guard.on_spike=flag"
+        )
     if not 0 < recipe.timeout_minutes < 1e6:
         raise ValueError(f"timeout_minutes={recipe.timeout_minutes} must be above 0 and below a million")
     for key, value in (

@@ -19,6 +19,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 STOPPED_EARLY = os.EX_TEMPFAIL  # 75, the exit code of a run that has saved and is to be started again
 LAUNCHER_GONE = 255  # in place of a signal's number
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "hold.py", "quickstart.py")
+# For that process, of the shared memory that a rank which dies leaves: the next start of the run removes it.
+NO_LIST = "ignore::UserWarning:multiprocessing.resource_tracker"
 SAME_KEY = 1.0  # seconds in which two SIGINT are one Ctrl-C, which the terminal and a launcher passed on
 
 
@@ -38,7 +40,9 @@ class Stop:
         # Python starts this process with the first shared memory, and then unblocks SIGINT and SIGTERM here. It ignores
         # those two itself; SIGUSR1 would end it.
         signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+        sys.warnoptions.append(NO_LIST)
         resource_tracker.ensure_running()
+        sys.warnoptions.remove(NO_LIST)
         signal.pthread_sigmask(signal.SIG_BLOCK, ours)
         threading.Thread(target=self._listen, args=(ours, _chain_of_launchers()), daemon=True).start()
 

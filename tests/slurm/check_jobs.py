@@ -26,6 +26,8 @@ ENVIRONMENT = environment(
     OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", INSIDE="tests/slurm/own_shared_memory", **CLUSTER
 )
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+# Of the logs, what is not shown.
+ORDINARY = ("training ", "each gate can move", " parameters, ", "got SIGCONT", "forcing job", "step aborted")
 STARTED = time.monotonic()
 
 
@@ -57,8 +59,12 @@ class Job:
         done = subprocess.run(
             command, cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, check=True
         )
-        self.id, self.released = done.stdout.strip(), "0"
-        say(f"{name}: sbatch {' '.join([*options, *(f'{k}={v}' for k, v in variables.items())])} -> job {self.id}")
+        self.id, self.released = done.stdout.strip(), "0"  # for the last restart that it was let go on after
+        given = " ".join([*(f"{k}={v}" for k, v in variables.items()), "sbatch", *options, *overrides])
+        say(f"{name}: {self.shortly(given)} -> job {self.id}")
+
+    def shortly(self, text: str) -> str:
+        return text.replace(f"{self.run}/", "RUN/").replace(f"{self.folder}/", "OUTPUT/")
 
     def losses(self) -> list[float]:
         return [line["train/loss"] for line in read_metrics(self.run) if "train/loss" in line]
@@ -70,14 +76,13 @@ class Job:
     def wait_for(self, condition, limit: float = 400.0) -> None:
         deadline = time.monotonic() + limit
         while not condition():
-            assert time.monotonic() < deadline and self.field("JobState") not in ENDED, self.logs()
-            restarts = self.field("Restarts")
-            if self.field("Reason") == "BeginTime" and restarts != self.released:
+            restarts, state = self.field("Restarts"), self.field("JobState")
+            assert time.monotonic() < deadline and (state not in ENDED or condition()), self.logs()
+            if state == "PENDING" and self.field("Reason") == "BeginTime" and restarts != self.released:
                 self.released = restarts
                 say(f"job {self.id} waits again after restart {restarts}; it may start in 5 s")
-                time.sleep(
-                    5
-                )  # the nodes refuse a job that they have just ended: hence Slurm's own delay of two minutes
+                # The nodes refuse a job that they have just ended: hence Slurm's own delay of two minutes.
+                time.sleep(5)
                 slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
             time.sleep(0.5)
 
@@ -96,7 +101,18 @@ class Job:
         return "\n".join(file.read_text() for file in files)
 
     def show(self) -> None:
-        print(*(f"          | {line}" for line in self.logs().splitlines() if line.strip()), sep="\n", flush=True)
+        """Print the logs, but for what every run says."""
+        for line in self.logs().splitlines():
+            if line.strip() and not any(words in line for words in ORDINARY):
+                print(f"          | {self.shortly(line)}", flush=True)
+
+    def clear(self) -> None:
+        """Cancel it, and remove its logs from the project's root, those of an array's tasks too."""
+        subprocess.run(["scancel", self.id], env=ENVIRONMENT, capture_output=True)
+        for word in slurm("scontrol", "show", "job", self.id).split():
+            if word.startswith("JobId="):
+                for file in ROOT.glob(f"slurm-*-{word.removeprefix('JobId=')}-node*.log"):
+                    file.unlink()
 
 
 @pytest.fixture
@@ -109,9 +125,7 @@ def submit(shards, tmp_path):
 
     yield begin
     for job in jobs:
-        subprocess.run(["scancel", job.id], capture_output=True)
-        for file in ROOT.glob(f"slurm-*{job.id}*"):
-            file.unlink()
+        job.clear()
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +134,7 @@ def undisturbed(shards, tmp_path_factory) -> list[float]:
     job = Job(shards, output, "undisturbed", "steps=40")
     assert job.end() == "COMPLETED", job.logs()
     assert (ROOT / f"slurm-infini-{job.id}-node1.log").exists()  # a log a node
-    for file in ROOT.glob(f"slurm-*{job.id}*"):
-        file.unlink()
+    job.clear()
     return job.losses()
 
 
@@ -149,7 +162,8 @@ def test_preempted_and_requeued_goes_on_to_the_same_losses(per, submit, undistur
 
 def test_the_time_limit_requeues_and_scancel_does_not(submit):
     job = submit("limit", "steps=100000", options=["--time=2", "--signal=USR1@60"])
-    job.wait_for(lambda: job.field("Restarts") == "1")
+    # Where a start takes a minute, the first signal comes before the first step.
+    job.wait_for(lambda: "stopped by SIGUSR1 at step" in job.logs())
     job.wait_for_steps(3)
     say(f"scancel {job.id}")
     slurm("scancel", job.id)
@@ -163,7 +177,7 @@ def test_the_time_limit_requeues_and_scancel_does_not(submit):
 def test_a_rank_that_dies_ends_the_job(submit):
     job = submit("dies", "steps=100000")
     job.wait_for_steps(5)
-    rank = next(p for p in psutil.process_iter(["environ"]) if _is_rank(p, job.id, "1"))
+    rank = next(p for p in psutil.process_iter(["environ", "cmdline"]) if _is_rank(p, job.id, "1"))
     say(f"SIGKILL to rank 1, process {rank.pid}")
     rank.kill()
     killed = time.monotonic()
@@ -174,8 +188,9 @@ def test_a_rank_that_dies_ends_the_job(submit):
 
 
 def _is_rank(process: psutil.Process, job: str, rank: str) -> bool:
-    variables = process.info["environ"] or {}
-    return variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_PROCID") == rank and "python" in process.name()
+    variables, command = process.info["environ"] or {}, process.info["cmdline"] or []
+    ours = variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_PROCID") == rank
+    return ours and "python" in command[0] and "launch/pretrain.py" in command
 
 
 def test_a_grid_is_an_array_job(submit, tmp_path):
@@ -185,7 +200,8 @@ def test_a_grid_is_an_array_job(submit, tmp_path):
     while slurm("squeue", "-h", "-j", job.id):
         time.sleep(1)
     logs = "".join(file.read_text() for file in tmp_path.glob("grid-*.log"))
-    say(f"runs {[run.parent.name for run in sorted(tmp_path.glob('*/checkpoints'))]}; {logs.strip()}")
+    runs = [run.parent.name for run in sorted(tmp_path.glob("*/checkpoints"))]
+    say(f"array of 3 with a grid of 2 lines: runs {runs}; {job.shortly(logs.strip())}")
     assert (tmp_path / "a/checkpoints/step-000004").exists() and (tmp_path / "b/checkpoints/step-000004").exists()
     assert "grid.txt has no line 3: give sbatch --array=1-2" in logs
 
