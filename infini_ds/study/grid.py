@@ -36,7 +36,9 @@ class ArmRecipe:
 class EvaluationRecipe:
     """Tasks of launch/evaluate.py, and its options, such as `blimp: FOLDER` for `--blimp FOLDER`."""
 
-    along: list[str] = field(default_factory=list)  # at the start, at each step that checkpoint.keep_every divides, last
+    along: list[str] = field(
+        default_factory=list
+    )  # at the start, at each step that checkpoint.keep_every divides, last
     last: list[str] = field(default_factory=list)  # of the last step alone
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -129,7 +131,9 @@ def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
     if study.name in ("", ".", "..") or "/" in study.name:
         raise ValueError(f"name={study.name!r} must be the name of one folder: put the path in output=")
     if not study.arms:
-        raise ValueError(f"{path} has no arms: give it at least one, such as arms: {{pretrain: {{grid: [{{seed: [0]}}]}}}}")
+        raise ValueError(
+            f"{path} has no arms: give it at least one, such as arms: {{pretrain: {{grid: [{{seed: [0]}}]}}}}"
+        )
     _check_data(study)
     return study
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infini_ds.study.grid import Run, Study
-from infini_ds.study.steps import Step, begin, data_steps, is_done, run_steps
+from infini_ds.study.steps import begin, data_steps, is_done, run_steps
 from infini_ds.training.metrics import read_metrics
 from infini_ds.training.progress import ProgressBar
 from infini_ds.training.stopping import STOPPED_EARLY
@@ -97,7 +97,9 @@ def prepare(study: Study, runs: list[Run], children: Children) -> None:
             raise ValueError(f"the data could not be prepared (exit code {code}): mend what data_prep says above")
 
 
-def make_run(study: Study, run: Run, children: Children, variables: dict[str, str], shown: bool = False) -> Failure | None:
+def make_run(
+    study: Study, run: Run, children: Children, variables: dict[str, str], shown: bool = False
+) -> Failure | None:
     """Whatever is left to do of one run; its output goes to its log, or is `shown`.
 
     Raises:
