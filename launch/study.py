@@ -50,7 +50,7 @@ def main() -> None:
     if args.slurm:
         from infini_ds.study.slurm import write_script
 
-        script = write_script(study, runs, args.study, args.overrides)
+        script = write_script(study, runs, [args.study, *args.overrides])
         return print(f"written: {script}\nsubmit it with: bash {script}")
     children = Children()
     children.listen()
