@@ -1,4 +1,4 @@
-"""A study in YAML -> its runs. A run is a recipe and `key=value` overrides, and maybe a run whose export it starts from.
+"""A study in YAML -> its runs: a recipe and `key=value` overrides each, and maybe a run whose export it starts from.
 
 study = load_study("launch/studies/small.yaml", ["name=stories", "data.source=text:FOLDER"])
 runs = expand(study)
@@ -34,13 +34,23 @@ class ArmRecipe:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """Tasks of launch/evaluate.py, and its options, such as `blimp: FOLDER` for `--blimp FOLDER`."""
+    """Tasks of launch/evaluate.py, of those that are given their data."""
 
-    along: list[str] = field(
-        default_factory=list
-    )  # at the start, at each step that checkpoint.keep_every divides, last
-    last: list[str] = field(default_factory=list)  # of the last step alone
-    options: dict[str, Any] = field(default_factory=dict)
+    # At step 0 of a run that starts from another, at each step that checkpoint.keep_every divides, and at the last.
+    along: list[str] = field(default_factory=lambda: ["blimp", "glue"])
+    last: list[str] = field(default_factory=lambda: ["position"])  # at the last step alone
+    blimp: str | None = None  # folder of its JSONL files, or its name on the hub; None leaves it out
+    glue: str | None = None  # folder of its tasks, or a name on the hub; None leaves it out
+    options: dict[str, Any] = field(default_factory=dict)  # any other option: `limit: 40` is `--limit 40`
+
+    def tasks(self, is_last: bool) -> list[str]:
+        chosen = dict.fromkeys([*self.along, *(self.last if is_last else ())])
+        return [task for task in chosen if getattr(self, task, "") is not None]
+
+    def arguments(self, tasks: list[str]) -> dict[str, Any]:
+        """Options of launch/evaluate.py, by name."""
+        data = {task: getattr(self, task) for task in tasks if getattr(self, task, None) is not None}
+        return {"tasks": tasks} | data | self.options
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,12 @@ def run_steps(study: Study, run: Run) -> list[Step]:
         Step("export", export, run.export.is_dir),
     ]
     for step in run.evaluated_steps:
-        tasks = list(study.evaluation.along)
-        if step == run.recipe.steps:
-            tasks += [task for task in study.evaluation.last if task not in tasks]
-        if tasks:
+        if tasks := study.evaluation.tasks(step == run.recipe.steps):
             out = evaluation_folder(run, step)
-            options = flags({"tasks": tasks} | study.evaluation.options | {"out": str(out)})
-            command = (python, "launch/evaluate.py", str(model_at(run, step)), *options)
+            options = study.evaluation.arguments(tasks) | {"out": str(out)}
+            if "position" in tasks:
+                options["data"] = str(study.data_folder(run.context_length))
+            command = (python, "launch/evaluate.py", str(model_at(run, step)), *flags(options))
             steps.append(Step(f"evaluation of step {step}", command, lambda out=out, tasks=tasks: has(out, tasks)))
     return steps
 
