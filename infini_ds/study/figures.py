@@ -94,8 +94,7 @@ def _segments(cell: Cell) -> str:
 
 
 def _scores(result: Result, task: str) -> Points:
-    steps = sorted(result.evaluations)
-    return [(s / result.run.recipe.steps, score) for s in steps if (score := result.score(task, s)) is not None]
+    return [(step / result.run.recipe.steps, result.score(task, step)) for step in result.steps_with(task)]
 
 
 def _losses(result: Result, which: int) -> Points:
@@ -103,28 +102,40 @@ def _losses(result: Result, which: int) -> Points:
 
 
 def gates(cells: list[Cell], by: str, title: str, file: Path) -> Path:
-    """The study's Figures 5 and 6: each head's gate over the steps, by `context_length` or `segment_length`."""
-    shape = [max(index) + 1 for index in zip(*cells[0].results[0].gates, strict=True)]
-    layers, heads = min(shape[0], LAYERS), min(shape[1], HEADS)
-    size = (2.6 * heads + 1, 2.3 * layers + 1.5)
-    figure, panels = plt.subplots(layers, heads, figsize=size, sharex=True, sharey=True, squeeze=False)
+    """The study's Figures 5 and 6: gates over the steps, by `context_length` or `segment_length`.
+
+    Heads of different seeds have nothing in common, so those of a layer stand in the order of their last gate.
+    """
+    layers, heads = (max(index) + 1 for index in zip(*cells[0].results[0].gates, strict=True))
+    rows, columns = min(layers, LAYERS), min(heads, HEADS)
+    size = (2.6 * columns + 1, 2.3 * rows + 1.4)
+    figure, panels = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     word = "rows" if by == "context_length" else "segments"
     shades = colors([getattr(cell.run, by) for cell in cells])
-    for (layer, head), axes in ((index, panels[index]) for index in _indices(layers, heads)):
-        axes.axhline(0.5, color="0.7", linewidth=0.7, zorder=0)
-        for cell in cells:
-            value = getattr(cell.run, by)
-            label = f"{word} of {value:,}, {cell.run.gates} learning rate"
-            style = {"color": shades[value], "linestyle": DASHES[cell.run.gates], "linewidth": 1.4, "label": label}
-            band(axes, cell, lambda result, key=(layer, head): result.gates[key], **style)
-        axes.set_title(f"layer {layer}, head {head}", fontsize=9)
-    figure.supxlabel("step", fontsize=10, y=0.13)
-    figure.supylabel("gate: share of the memory", fontsize=10)
-    return finish(figure, file, title, handles_of(panels[0][0]), columns=3, foot=0.12)
+    for layer, row in enumerate(panels):
+        for place, axes in enumerate(row):
+            axes.axhline(0.5, color="0.7", linewidth=0.7, zorder=0)
+            for cell in sorted(cells, key=lambda cell: (getattr(cell.run, by), cell.run.gates)):
+                value = getattr(cell.run, by)
+                label = f"{word} of {value:,}, {cell.run.gates} learning rate"
+                style = {"color": shades[value], "linestyle": DASHES[cell.run.gates], "linewidth": 1.4, "label": label}
+                band(axes, cell, lambda result, layer=layer, place=place: _ranked(result, layer)[place], **style)
+            axes.set_title(f"layer {layer}, {_place(place, heads)} gate", fontsize=9)
+        row[0].set_ylabel("share of the memory", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("step", fontsize=9)
+    return finish(figure, file, title, handles_of(panels[0][0]), columns=4)
 
 
-def _indices(layers: int, heads: int):
-    return [(layer, head) for layer in range(layers) for head in range(heads)]
+def _ranked(result: Result, layer: int) -> list[Points]:
+    """The gates of a layer, from the one that ends lowest to the one that ends highest."""
+    return sorted((curve for (of, _), curve in result.gates.items() if of == layer), key=lambda curve: curve[-1][1])
+
+
+def _place(place: int, heads: int) -> str:
+    if heads == 1:
+        return "only"
+    return {0: "lowest", heads - 1: "highest"}.get(place, f"{place + 1}.")
 
 
 def by_tokens(panels: dict[str, list[Cell]], file: Path) -> Path:
@@ -190,20 +201,27 @@ def all_cells(cells: list[Cell], file: Path) -> Path:
 
 def gain_by_segment(cells: list[Cell], file: Path) -> Path | None:
     """How much loss the memory saves, by position in the row; None where `position` was not evaluated."""
-    figure, axes = plt.subplots(figsize=(10, 5))
-    drawn = 0
-    for cell in cells:
-        if all(_gain(result) for result in cell.results):
-            band(axes, cell, _gain, label=cell.name, marker=".", color=plt.cm.tab20(drawn % 20))
-            drawn += 1
-    if not drawn:
-        plt.close(figure)
+    cells = [cell for cell in cells if all(_gain(result) for result in cell.results)]
+    if not cells:
         return None
-    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set(xlabel="position in the row (tokens), by segment", ylabel="loss without memory - loss with it (nats)")
-    return finish(
-        figure, file, "What the memory saves", handles_of(axes), columns=3, foot=0.05 + 0.045 * -(-drawn // 3)
-    )
+    lengths = sorted({cell.run.segment_length for cell in cells})
+    ways = list(dict.fromkeys(_way(cell) for cell in cells))
+    size = (max(8.0, 4.6 * len(lengths) + 1), 5)
+    figure, row = plt.subplots(1, len(lengths), figsize=size, sharey=True, squeeze=False)
+    for S, axes in zip(lengths, row[0], strict=True):
+        axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        for cell in cells:
+            if cell.run.segment_length == S:
+                style = {"color": COLORS[ways.index(_way(cell)) % len(COLORS)], "linestyle": DASHES[cell.run.gates]}
+                band(axes, cell, _gain, label=_way(cell), marker=".", **style)
+        axes.set(xlabel="position in the row (tokens)", title=f"segments of {S}")
+    row[0][0].set_ylabel("loss without memory - loss with it (nats)")
+    return finish(figure, file, "What the memory saves", handles_of(*row[0]), columns=3, foot=0.14)
+
+
+def _way(cell: Cell) -> str:
+    """The name of a cell without its segment length."""
+    return cell.name.replace(f"-s{cell.run.segment_length}-", "-", 1)
 
 
 def _gain(result: Result) -> Points:

@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 class Children:
-    """The commands at work. Told to stop, it passes SIGTERM on to them: training saves, all else leaves nothing half."""
+    """The commands at work. Told to stop, it tells them by SIGTERM: training saves, the others leave nothing half."""
 
     def __init__(self):
         self.stopping = False
@@ -189,4 +189,5 @@ def _reached(run: Run) -> str:
     losses = [line for line in read_metrics(run.folder) if "validation/loss" in line]
     if not losses:
         return "done"
-    return f"validation loss {losses[-1]['validation/loss']:.4f}, {losses[-1]['validation/loss_memory_off']:.4f} without memory"
+    loss, without = (losses[-1][name] for name in ("validation/loss", "validation/loss_memory_off"))
+    return f"validation loss {loss:.4f}, with the memory switched off {without:.4f}"

@@ -1,5 +1,5 @@
-"""The study's own figures: "Pushing the limits of the compressive memory introduced in Infini-attention" (TU Delft 2024)
-of a GPT-Neo to which the memory was added by fine-tuning, one seed; and a plain GPT-Neo of a sibling study.
+"""The study's own figures, of a GPT-Neo to which the memory was added by fine-tuning, with one seed ("Pushing the
+limits of the compressive memory introduced in Infini-attention", TU Delft 2024). And a sibling study's plain GPT-Neo.
 """
 
 STEPS = (0, 4000, 6000, 8300)  # of fine-tuning

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from infini_ds.study.grid import Run
 from infini_ds.study.steps import evaluation_folder, read_evaluation
@@ -119,8 +120,17 @@ class Result:
         described = json.loads((self.run.folder / "data_manifest.json").read_text())
         return ", ".join(stream["shards"] for stream in described["fingerprint"]["streams"])
 
+    @property
+    def blimp_pairs(self) -> int:
+        """That its last step was scored on."""
+        blimp = self.evaluations.get(self.run.recipe.steps, {}).get("tasks", {}).get("blimp")
+        return sum(paradigm["pairs"] for paradigm in blimp["paradigms"].values()) if blimp else 0
+
+    def steps_with(self, task: str) -> list[int]:
+        return [step for step in sorted(self.evaluations) if self.score(task, step) is not None]
+
     def score(self, task: str, step: int | None = None) -> float | None:
-        """Accuracy in BLiMP (`blimp`), or the mean over the tasks of (Super)GLUE (`glue`), of the last step or another."""
+        """Accuracy in BLiMP (`blimp`), or mean over the tasks of (Super)GLUE (`glue`): of the last step, or another."""
         step = self.run.recipe.steps if step is None else step
         found = self.evaluations.get(step, {}).get("tasks", {}).get(task)
         return None if found is None else found["accuracy" if task == "blimp" else "mean"]
@@ -187,7 +197,7 @@ def movement(result: Result) -> Movement | None:
     moved, path, first_half = [], [], []
     for curve in result.gates.values():
         betas = [(step, math.log(gate / (1 - gate))) for step, gate in curve]
-        ways = [(now[0], abs(now[1] - before[1])) for before, now in zip(betas, betas[1:], strict=False)]
+        ways = [(now[0], abs(now[1] - before[1])) for before, now in pairwise(betas)]
         moved.append(abs(betas[-1][1] - betas[0][1]))
         path.append(sum(way for _, way in ways))
         first_half.append(sum(way for step, way in ways if step <= steps / 2))

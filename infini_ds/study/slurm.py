@@ -15,7 +15,7 @@ def submission(study: Study, runs: list[Run], call: list[str]) -> str:
     submit = f'sbatch --parsable --job-name={shlex.quote(study.name)} "$@"'
     lines = [
         "#!/usr/bin/env bash",
-        f"# Submits what is left to do of {study.folder}, from the root of the project; its arguments go to each sbatch:",
+        f"# Submits what is left to do of {study.folder}. From the root of the project, with options for sbatch:",
         f"#   bash {study.folder / 'submit.sh'} --partition=gpu --account=NAME",
         "set -euo pipefail",
         f"before=$({submit} --gres=none {JOB} {words} --prepare)",
