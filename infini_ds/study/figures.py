@@ -124,7 +124,7 @@ def gates(cells: list[Cell], by: str, title: str, file: Path) -> Path:
         row[0].set_ylabel("share of the memory", fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("step", fontsize=9)
-    return finish(figure, file, title, handles_of(panels[0][0]), columns=4)
+    return finish(figure, file, title, handles_of(panels[0][0]), columns=2, foot=0.12)
 
 
 def _ranked(result: Result, layer: int) -> list[Points]:
@@ -135,7 +135,7 @@ def _ranked(result: Result, layer: int) -> list[Points]:
 def _place(place: int, heads: int) -> str:
     if heads == 1:
         return "only"
-    return {0: "lowest", heads - 1: "highest"}.get(place, f"{place + 1}.")
+    return {0: "lowest", heads - 1: "highest"}.get(place, f"{place + 1} of {heads}")
 
 
 def by_tokens(panels: dict[str, list[Cell]], file: Path) -> Path:

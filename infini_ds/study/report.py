@@ -73,7 +73,8 @@ def summary(study: Study, runs: list[Run], results: list[Result]) -> str:
             f"{plural(len(runs), 'run')}, {done} of them finished. A cell is a way to train, repeated with "
             f"{plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) of the weights and of the order of rows.",
             f"Model: preset `{runs[0].recipe.model.preset}`{size}. Text: `{study.data['source']}`, "
-            f"rows of {rows} tokens.",
+            f"rows of {rows} tokens, documents of {results[0].document_tokens:,.0f} on average. A memory ends with its "
+            "document, so segments that are not much shorter than documents leave it little to do.",
             "Losses are in nats a token, on validation rows. Those of other text or another tokenizer cannot be "
             "compared, and shorter rows have higher ones for that alone. Behind ± stands the standard deviation of "
             "single runs over seeds; bands in figures reach from the lowest seed to the highest.",

@@ -114,11 +114,21 @@ class Result:
         evaluation = self.evaluations.get(self.run.recipe.steps)
         return evaluation["model"]["sha256"] if evaluation else sha256_of(self.run.export / "model.safetensors")
 
+    @cached_property
+    def data(self) -> dict:
+        """The run's data_manifest.json."""
+        return json.loads((self.run.folder / "data_manifest.json").read_text())
+
     @property
     def data_sha256(self) -> str:
         """Of the shards that it was trained on."""
-        described = json.loads((self.run.folder / "data_manifest.json").read_text())
-        return ", ".join(stream["shards"] for stream in described["fingerprint"]["streams"])
+        return ", ".join(stream["shards"] for stream in self.data["fingerprint"]["streams"])
+
+    @property
+    def document_tokens(self) -> float:
+        """Of a document of its training text, on average."""
+        counts = self.data["streams"][0]["manifest"]["train"]
+        return counts["tokens"] / counts["documents"]
 
     @property
     def blimp_pairs(self) -> int:
