@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,34 +217,33 @@ def _runs_of(study: Study, arm: str, points: list[dict], earlier: list[Run]) -> 
         context = point.get(CONTEXT, study.context_length)
         if not isinstance(context, int) or context < 2:
             raise ValueError(f"arms.{arm}.grid: {CONTEXT}={context} has to be a number of tokens of at least 2")
-        keys = flat(study.recipe) | flat(described.recipe)
-        for key in OF_THE_STUDY:
-            if key in keys | point:
-                raise ValueError(f"{key} is set by the study itself: leave it out of the recipe of arm {arm}")
-        keys |= {key: value for key, value in point.items() if key != CONTEXT}
-        _run(study, arm, context, keys, None, 0, "run")  # says what is wrong with an axis
+        keys = flat(study.recipe) | flat(described.recipe) | {key: point[key] for key in point if key != CONTEXT}
+        recipe = _recipe(study, arm, keys)
         start = _find_start(study, arm, described.start_from, point, earlier) if described.start_from else None
-        if "seed" in point and "data.seed" not in keys:
-            keys["data.seed"] = point["seed"] + (ORDER_APART * (start.stage + 1) if start else 0)
-        keys |= {"data.path": str(study.data_folder(context)), "output": str(study.folder / "runs")}
-        if start:
-            keys["model.start_from"] = str(start.export)
-        # Once without a name, to see what it comes to, and so what it is to be called.
-        run = _run(study, arm, context, keys, start, 0, "run")
-        run = _run(study, arm, context, keys, start, len(earlier) + len(runs) + 1, _name(run, point, axes))
+        run = Run(len(earlier) + len(runs) + 1, "", arm, context, study.config, (), recipe, start)
         if run.segment_length > context:
-            raise ValueError(f"{run.name}: model.segment_length={run.segment_length} is longer than a row of {context}")
-        runs.append(run)
+            raise ValueError(f"arm {arm}: model.segment_length={run.segment_length} is longer than a row of {context}")
+        order = recipe.data.seed
+        if "seed" in point and "data.seed" not in keys:
+            order = recipe.seed + (ORDER_APART * (start.stage + 1) if start else 0)
+        own = {"name": _name(run, point, axes), "output": str(study.folder / "runs")}
+        of_data = {"path": str(study.data_folder(context)), "seed": order}
+        of_model = {"start_from": str(start.export)} if start else {}
+        keys |= own | flat({"data": of_data, "model": of_model})
+        recipe = replace(recipe, data=replace(recipe.data, **of_data), model=replace(recipe.model, **of_model), **own)
+        overrides = tuple(f"{key}={_written(value)}" for key, value in keys.items())
+        runs.append(replace(run, name=recipe.name, overrides=overrides, recipe=recipe))
     return runs
 
 
-def _run(study: Study, arm: str, context: int, keys: dict, start: Run | None, number: int, name: str) -> Run:
-    overrides = tuple(f"{key}={_written(value)}" for key, value in (keys | {"name": name}).items())
+def _recipe(study: Study, arm: str, keys: dict[str, Any]) -> Recipe:
+    for key in OF_THE_STUDY:
+        if key in keys:
+            raise ValueError(f"{key} is set by the study itself: leave it out of the recipe and grid of arm {arm}")
     try:
-        recipe = load_recipe(study.config, list(overrides))
+        return load_recipe(study.config, [f"{key}={_written(value)}" for key, value in keys.items()])
     except ValueError as error:
         raise ValueError(f"arm {arm}: {str(error).replace('the command line', 'the study')}") from error
-    return Run(number, name, arm, context, study.config, overrides, recipe, start)
 
 
 def _find_start(study: Study, arm: str, start_from: str, point: dict, earlier: list[Run]) -> Run:
@@ -257,7 +256,8 @@ def _find_start(study: Study, arm: str, start_from: str, point: dict, earlier: l
     ]
     for key in varied:
         wanted = point.get(key, study.context_length if key == CONTEXT else None)
-        candidates = [run for run in candidates if _value(run, key) == _written(wanted)]
+        written = None if wanted is None else _written(wanted)
+        candidates = [run for run in candidates if _value(run, key) == written]
     if len(candidates) != 1:
         wanted = ", ".join(f"{key}={point.get(key)}" for key in varied)
         found = "no run" if not candidates else f"{len(candidates)} runs"
