@@ -10,16 +10,21 @@ Makes what is not there yet: data, runs (several at once), evaluations, and stud
 """
 
 import argparse
+import difflib
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from infini_ds.study.grid import Run, Study, expand, load_study
 from infini_ds.study.local import Children, Failure, Stopped, make_all, make_run, prepare
+from infini_ds.study.report import write_report
+from infini_ds.study.slurm import write_script
 from infini_ds.study.steps import check_definition, is_done
 from infini_ds.training.processes import launch
 from infini_ds.training.stopping import STOPPED_EARLY
@@ -48,48 +53,44 @@ def main() -> None:
     if args.report:
         return report(study, runs, [])
     if args.slurm:
-        from infini_ds.study.slurm import write_script
-
         script = write_script(study, runs, [args.study, *args.overrides])
         return print(f"written: {script}\nsubmit it with: bash {script}")
     children = Children()
     children.listen()
     try:
-        if args.run:
-            failures = filter(None, [make_run(study, find(runs, args.run), children, {}, shown=True)])
-        else:
-            prepare(study, runs, children)
-            if args.prepare:
-                return None
-            jobs, gpus = places(args.jobs, len(runs))
-            failures = make_all(study, runs, children, jobs, gpus)
-            report(study, runs, failures)
+        failures = make(args, study, runs, children)
     except Stopped:
         print("stopped: the same command goes on from there", file=sys.stderr)
         sys.exit(STOPPED_EARLY)
-    if failures := list(failures):
-        for failure in failures:
-            print(f"error: {failure}", file=sys.stderr)
-        sys.exit(1)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if not args.run and not args.prepare:
+        report(study, runs, failures)
+    sys.exit(1 if failures else 0)
+
+
+def make(args: argparse.Namespace, study: Study, runs: list[Run], children: Children) -> list[Failure]:
+    if args.run:
+        failure = make_run(study, find(runs, args.run), children, {}, shown=True)
+        return [failure] if failure else []
+    prepare(study, runs, children)
+    if args.prepare:
+        return []
+    jobs, gpus = places(args.jobs, len(runs))
+    return make_all(study, runs, children, jobs, gpus)
 
 
 def places(jobs: int | None, runs: int) -> tuple[int, int]:
     """How many runs at once, and the GPUs that they share."""
-    import os
-
-    import torch
-
     gpus = torch.cuda.device_count()
     return jobs or min(runs, gpus or len(os.sched_getaffinity(0))), gpus
 
 
 def find(runs: list[Run], asked: str) -> Run:
-    import difflib
-
     for run in runs:
         if asked in (run.name, str(run.number)):
             return run
-    near = difflib.get_close_matches(asked, [run.name for run in runs], n=1)
+    near = difflib.get_close_matches(asked, [run.name for run in runs], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"give a number from 1 to {len(runs)}, or a name that --list shows"
     raise ValueError(f"--run {asked}: there is no such run; {hint}")
 
@@ -103,8 +104,6 @@ def show(study: Study, runs: list[Run]) -> None:
 
 
 def report(study: Study, runs: list[Run], failures: list[Failure]) -> None:
-    from infini_ds.study.report import write_report
-
     print(f"report: {write_report(study, runs, failures)}")
 
 

@@ -25,7 +25,15 @@ from infini_ds.study.local import Children, Stopped, make_all, make_run
 from infini_ds.study.report import write_report
 from infini_ds.study.results import Result, Spread, chance_apart, collect, movement
 from infini_ds.study.slurm import ranges, submission
-from infini_ds.study.steps import Step, check_definition, data_steps, is_done, model_at, run_steps
+from infini_ds.study.steps import (
+    Step,
+    check_definition,
+    data_steps,
+    evaluation_folder,
+    is_done,
+    model_at,
+    run_steps,
+)
 from infini_ds.training import processes
 from infini_ds.training.loop import train
 from infini_ds.training.metrics import read_metrics
@@ -247,7 +255,7 @@ def trained(shards, tmp_path_factory):
         "arms": {
             "base": {"recipe": shape | {"model.segment_length": 256}, "grid": [{"seed": [0, 1]}]},
             "finetune": {"start_from": "base", "grid": [{"model.segment_length": [32, 256], "seed": [0, 1]}]},
-            "pretrain": {"recipe": shape | {"steps": 16}, "grid": [{"model.segment_length": [32], "seed": [0]}]},
+            "pretrain": {"recipe": shape, "grid": [{"model.segment_length": [32], "seed": [0]}]},
         },
     }
     (output / "grid.yaml").write_text(json.dumps(grid))
@@ -286,7 +294,7 @@ def test_a_changed_grid_under_the_same_name_is_refused(trained):
 def test_fine_tuning_begins_where_the_plain_model_ended(trained):
     """A plain run never reads its memory, so its gates stay; with whole rows as segments nothing changes at step 0."""
     base, tuned = (
-        next(r for r in trained.runs if r.arm == arm and r.is_plain and r.recipe.seed == 1)
+        next(r for r in trained.runs if r.arm == arm and r.is_plain and r.recipe.seed == 0)
         for arm in ("base", "finetune")
     )
     last, first = read_metrics(base.folder)[-1], read_metrics(tuned.folder)[0]
@@ -317,7 +325,7 @@ def test_the_report_says_what_was_measured(trained):
     assert "**BLiMP** was not evaluated" in text and "33% of comparisons" in text
     assert f"### Not finished\n\n- {trained.runs[-1].name}" in text
     for run in trained.runs[:-1]:
-        evaluation = json.loads((run.folder / "evaluation" / "step-000008" / "evaluation.json").read_text())
+        evaluation = json.loads((evaluation_folder(run, 8) / "evaluation.json").read_text())
         assert evaluation["model"]["sha256"][:16] in text and f"name={run.name}" in text
 
 
