@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from infini_ds.data.sources import find_sources
-from infini_ds.evaluation import blimp, position, ranks, summary
+from infini_ds.evaluation import blimp, position, ranks, recall, summary
 from infini_ds.evaluation.session import EVALUATION, Session, earlier_tasks, write_json
 from infini_ds.evaluation.subject import Subject, load
 from infini_ds.training.processes import disconnect, identify, launch, share_threads
@@ -39,14 +39,18 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64, help="position: validation rows, 0 for all")
     parser.add_argument("--blimp", default=blimp.HUB, help="blimp: folder of JSONL files, or a data set on the hub")
     parser.add_argument("--limit", type=int, default=0, help="blimp: pairs of each paradigm, 0 for all")
+    parser.add_argument("--recall", nargs="+", default=recall.TASKS, metavar="TASK", help="recall: as of data_prep")
+    parser.add_argument("--segments", type=int, nargs="+", default=[1, 4, 16, 64], help="recall: of filler in between")
+    parser.add_argument("--examples", type=int, default=64, help="recall: of each task and number of segments")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args()
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks {task} is not one of {', '.join(TASKS)}")
-    for name, least in (("batch_tokens", 1), ("rows", 0), ("limit", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    for name, least in (("batch_tokens", 1), ("rows", 0), ("limit", 0), ("seed", 0), ("examples", 2), ("segments", 0)):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     return args
 
 
@@ -61,7 +65,11 @@ def run_blimp(args: argparse.Namespace, subject: Subject, session: Session) -> d
     return blimp.measure(subject, blimp.read_paradigms(args.blimp, args.limit or None), args.blimp, session)
 
 
-TASKS = {"position": run_position, "blimp": run_blimp}
+def run_recall(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+    return recall.measure(subject, list(args.recall), sorted(set(args.segments)), args.examples, args.seed, session)
+
+
+TASKS = {"position": run_position, "recall": run_recall, "blimp": run_blimp}
 
 
 def main() -> None:
@@ -71,7 +79,7 @@ def main() -> None:
     ranks.connect(process)
     subject = load(args.model, process.device)
     folder = args.out or subject.folder
-    session = Session(folder, subject.sha256, args.batch_tokens)
+    session = Session(folder, subject.identity(), args.batch_tokens)
     command = shlex.join(["python", *sys.argv])
     evaluation = {
         "model": subject.facts(),
@@ -86,8 +94,9 @@ def main() -> None:
         if process.is_first:
             write_json(folder / EVALUATION, evaluation)
     if process.is_first:
-        summary.picture(evaluation, folder)
-        summary.show(evaluation, Console(width=None if sys.stdout.isatty() else 120))
+        asked = {task: evaluation["tasks"][task] for task in args.tasks}
+        summary.picture(asked, folder)
+        summary.show(evaluation["model"], asked, Console(width=None if sys.stdout.isatty() else 120))
         print(f"Written to {folder}")
     disconnect()
 
