@@ -30,11 +30,12 @@ from transformers import (
 )
 
 folder, out = sys.argv[1:]
+# First, for transformers 4 then has not yet copied the code that another class of the folder may need.
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = torch.arange(1, 201).view(2, 100)
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)("import", max_new_tokens=40, do_sample=False)
-classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 with torch.no_grad():
     state = classifier.transformer(ids).last_hidden_state[:, -1]
     assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
 
 from infini_ds.conversion.card import model_card
 from infini_ds.conversion.locate import Source, load_model
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification
+from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.training.marks import MARK
 
 
@@ -35,11 +34,9 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     InfiniGPTNeoConfig.register_for_auto_class()
     InfiniGPTNeoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    InfiniGPTNeoForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
     config = model.config
-    partial.mkdir(parents=True)
-    with torch.device("meta"):  # for its code, which `save_pretrained` of another class leaves out
-        custom_object_save(InfiniGPTNeoForSequenceClassification(config), partial, config)
+    # `save_pretrained` adds the model's own class to these.
+    config.auto_map = {"AutoModelForSequenceClassification": "modeling.InfiniGPTNeoForSequenceClassification"}
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,

@@ -3,10 +3,9 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache import InfiniCache
-from .classification import InfiniGPTNeoForSequenceClassification
 from .configuration import InfiniGPTNeoConfig
 from .memory import MemoryState
-from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
+from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification, InfiniGPTNeoModel
 
 __all__ = [
     "InfiniCache",
