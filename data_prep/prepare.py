@@ -20,7 +20,7 @@ from data_prep.options import PrepareOptions, check, shaping
 from data_prep.progress import Progress, show_progress
 from data_prep.rows import token_dtype
 from data_prep.shards import split_writer
-from data_prep.tokenizer import TokenizerFacts, load_tokenizer, save_tokenizer, train_tokenizer
+from data_prep.tokenizer import TokenizerFacts, load_tokenizer, save_tokenizer, train_tokenizer, word_tokenizer
 
 __all__ = ["Manifest", "PrepareOptions", "load_manifest", "prepare", "summary"]
 
@@ -130,6 +130,9 @@ def make_tokenizer(
     if not options.trains_tokenizer:
         progress.phase("loading the tokenizer")
         return save_tokenizer(load_tokenizer(options.tokenizer), folder, "loaded")
+    words = options.words
+    if words is not None:
+        return save_tokenizer(word_tokenizer(words), folder, "words")
     progress.phase("training the tokenizer")
     texts = training_texts(options, held_out)
     return save_tokenizer(train_tokenizer(texts, options.vocab_size, options.tokenizer_bytes), folder, "trained")

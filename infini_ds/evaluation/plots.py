@@ -20,7 +20,7 @@ plt.rcParams.update(
         "legend.frameon": False,
     }
 )
-ON, OFF, TRAIN = "tab:blue", "tab:orange", "0.6"
+ON, OFF, OTHER, TRAIN = "tab:blue", "tab:orange", "tab:green", "0.6"
 
 
 def _save(axes: Axes, file: Path) -> None:
@@ -60,6 +60,32 @@ def loss_by_position(
     axes.set(xlabel="position in the sequence (tokens)", ylabel="loss (nats a token)", title="Loss by position")
     axes.legend()
     _save(axes, file)
+
+
+MEMORY = {"on": ("memory", ON), "off": ("memory off", OFF), "other": ("memory of another document", OTHER)}
+
+
+def memory_by_position(result: dict, file: Path) -> None:
+    """Loss by segment, and by the place in a segment, a line for each setting of the memory.
+
+    `result`: of `infini_ds.evaluation.position.measure`.
+    """
+    figure, (along, within) = plt.subplots(1, 2, figsize=(12, 4.5), gridspec_kw={"width_ratios": [3, 2]})
+    S = result["segment_length"]
+    for memory, measured in result["memory"].items():
+        label, color = MEMORY[memory]
+        losses = measured["by_segment"]["loss"]
+        middles = [S * (s + 0.5) for s in range(len(losses))]
+        along.plot(middles, losses, color=color, label=label, marker="." if len(losses) <= 128 else "", markersize=5)
+        places = measured["within_segment"]["loss"]
+        within.plot(range(1, len(places) + 1), places, color=color, linewidth=1.2)
+    along.set(xlabel="position in the row (tokens)", ylabel="loss (nats a token)", title=f"by segment of {S} tokens")
+    within.set(xlabel="place in the segment (tokens)", title="by place in a segment, the first segment left out")
+    along.legend()
+    figure.suptitle(f"Loss by position, {result['rows']} rows", fontsize=12)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
 
 
 def gates(metrics: list[dict], file: Path) -> None:

@@ -98,6 +98,8 @@ class InfiniAttention(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             memory = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
             before = MemoryState(memory.M[:, :-1], memory.z[:, :-1])
+            if grid.memory_of is not None:
+                before = MemoryState(*(x[grid.memory_of] for x in before))
             # Cloned: a view would keep the states of all of the block's segments for as long as this one is kept.
             state = MemoryState(memory.M[:, -1].clone(), memory.z[:, -1].clone())
             out = blend(local, retrieve(q, before), self.beta, grid.read)
@@ -233,11 +235,12 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         past_key_values: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
+        memory_of: Tensor | None = None,
         **unknown,
     ) -> InfiniModelOutput:
         """Hidden states of all tokens; arguments as in `InfiniGPTNeoForCausalLM.forward`."""
         refuse_unknown(unknown)
-        run = self.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory)
+        run = self.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of)
         hidden, memory = self.run(input_ids, run, head=lambda hidden, slots: hidden)
         hidden = run.grid.collect(torch.cat(hidden, dim=1), input_ids.shape[1])
         return InfiniModelOutput(last_hidden_state=hidden, past_key_values=run.cache, memory=memory)
@@ -250,6 +253,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         cache: InfiniCache | None,
         use_cache: bool | None,
         use_memory: bool,
+        memory_of: Tensor | None,
     ) -> Run:
         """Lay the tokens out and find the memory that they start from."""
         B, device = input_ids.shape[0], input_ids.device
@@ -268,6 +272,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             states = tuple(layer.memory for layer in cache.layer_states)
         if not use_memory:
             grid = replace(grid, read=torch.zeros_like(grid.read))
+        if memory_of is not None:
+            grid = grid.reading_from(memory_of)
         return Run(grid, states, cache, still_open)
 
     def run(
@@ -387,6 +393,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         past_key_values: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
+        memory_of: Tensor | None = None,
         loss_reduction: str = "mean",
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int = 0,
@@ -404,6 +411,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
                 these alone, or of all since the start.
             use_cache: return a cache. None: only if one is given.
             use_memory: False switches the memory off: local attention alone, whatever the gates.
+            memory_of: (B,) the row whose memory each row reads, as it is before the same segment; None: its own. All
+                else stays with the row: its local attention, and what it writes to its own memory.
             loss_reduction: "mean" over the labels that count, "sum", or "none": (B, T - 1) losses of the next token.
             num_items_in_batch: the mean's denominator, where these rows are only a part of a batch.
             logits_to_keep: logits of the last so many positions only; 0 for all.
@@ -418,7 +427,9 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
             raise ValueError(f"loss_reduction={loss_reduction!r} is not one of mean, sum, none")
         if return_logits is None:
             return_logits = labels is None or not self.training
-        run = self.transformer.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory)
+        run = self.transformer.start(
+            input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of
+        )
         grid, T = run.grid, input_ids.shape[1]
         if labels is not None:
             targets = grid.next_tokens(labels, IGNORED)

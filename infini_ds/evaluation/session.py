@@ -1,0 +1,65 @@
+"""What the tasks of one call share: which parts earlier calls have finished, and how much runs at a time."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import infini_ds
+from infini_ds.evaluation import ranks
+
+EVALUATION = "evaluation.json"
+PARTS = "parts.json"  # finished parts, by a hash of all that decides them
+
+
+@dataclass(frozen=True)
+class Session:
+    """folder: of the results. model: its hash. batch_tokens: computed at a time; no result depends on it."""
+
+    folder: Path
+    model: str
+    batch_tokens: int
+
+    def part(self, name: str, options: dict[str, Any], compute: Callable[[], dict]) -> dict:
+        """The result of `compute()`, which runs on every rank unless an earlier call has finished this part.
+
+        `options`: all that the result depends on besides the model and this package's version.
+        """
+        decides = {"part": name, "model": self.model, "version": infini_ds.__version__, "options": options}
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        done = ranks.tell(self._read().get(key) if ranks.is_first() else None)
+        if done is not None:
+            return done["result"]
+        result = compute()
+        if ranks.is_first():
+            write_json(self.folder / PARTS, self._read() | {key: {"part": name, "result": result}})
+        return result
+
+    def _read(self) -> dict:
+        file = self.folder / PARTS
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def earlier_tasks(folder: Path, model: str) -> dict:
+    """What earlier calls have found of this very model, by task."""
+    file = folder / EVALUATION
+    earlier = json.loads(file.read_text()) if file.is_file() else None
+    return earlier["tasks"] if earlier and earlier["model"]["sha256"] == model else {}
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Whole or not at all.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    partial = file.with_name(file.name + ".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written ({error.strerror}): name another folder, with --out") from error
