@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from infini_ds.data.sources import find_sources
-from infini_ds.evaluation import position, ranks, summary
+from infini_ds.evaluation import blimp, position, ranks, summary
 from infini_ds.evaluation.session import EVALUATION, Session, earlier_tasks, write_json
 from infini_ds.evaluation.subject import Subject, load
 from infini_ds.training.processes import disconnect, identify, launch, share_threads
@@ -37,12 +37,14 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=16_384, help="at a time; no result depends on it")
     parser.add_argument("--data", help="position: a folder that data_prep made (default: the run's own)")
     parser.add_argument("--rows", type=int, default=64, help="position: validation rows, 0 for all")
+    parser.add_argument("--blimp", default=blimp.HUB, help="blimp: folder of JSONL files, or a data set on the hub")
+    parser.add_argument("--limit", type=int, default=0, help="blimp: pairs of each paradigm, 0 for all")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args()
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks {task} is not one of {', '.join(TASKS)}")
-    for name, least in (("batch_tokens", 1), ("rows", 0), ("seed", 0)):
+    for name, least in (("batch_tokens", 1), ("rows", 0), ("limit", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     return args
@@ -55,7 +57,11 @@ def run_position(args: argparse.Namespace, subject: Subject, session: Session) -
     return position.measure(subject, sources, args.rows or None, session)
 
 
-TASKS = {"position": run_position}
+def run_blimp(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+    return blimp.measure(subject, blimp.read_paradigms(args.blimp, args.limit or None), args.blimp, session)
+
+
+TASKS = {"position": run_position, "blimp": run_blimp}
 
 
 def main() -> None:

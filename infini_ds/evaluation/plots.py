@@ -88,6 +88,28 @@ def memory_by_position(result: dict, file: Path) -> None:
     plt.close(figure)
 
 
+def blimp(result: dict, file: Path) -> None:
+    """Accuracy of each paradigm, by phenomenon. `result`: of `infini_ds.evaluation.blimp.measure`."""
+    of_phenomenon: dict[str, list[tuple[float, str]]] = {}
+    for name, each in result["paradigms"].items():
+        of_phenomenon.setdefault(each["phenomenon"], []).append((each["accuracy"], name))
+    means = result["phenomena"]
+    _, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(means)))
+    names = sorted(means, key=means.get)
+    for at, phenomenon in enumerate(names):
+        axes.barh(at, means[phenomenon], color=ON, alpha=0.35, height=0.7)
+        axes.plot([accuracy for accuracy, _ in of_phenomenon[phenomenon]], [at] * len(of_phenomenon[phenomenon]), "|",
+                  color=ON, markersize=9)  # fmt: skip
+        axes.text(1.01, at, f"{means[phenomenon]:.2f}", va="center", fontsize=9)
+    axes.axvline(0.5, color=OFF, linewidth=1)
+    axes.text(0.5, len(names) - 0.4, "chance", color=OFF, ha="center", va="bottom", fontsize=9)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set(xlim=(0, 1), xlabel="accuracy (bar: mean of the phenomenon; mark: a paradigm)")
+    axes.set_title(f"BLiMP: {result['accuracy']:.3f} over {len(result['paradigms'])} paradigms", pad=18)
+    axes.grid(axis="y", visible=False)
+    _save(axes, file)
+
+
 def gates(metrics: list[dict], file: Path) -> None:
     """Each head's gate over the steps, a panel for each layer (the first twelve)."""
     lines = [line for line in metrics if any(name.startswith("gate/") for name in line)]

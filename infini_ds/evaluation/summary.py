@@ -56,5 +56,19 @@ def position_table(result: dict) -> Group:
     return Group(whole, segments)
 
 
-TABLES = {"position": position_table}
-PLOTS = {"position": lambda result, folder: plots.memory_by_position(result, folder / "position.png")}
+def blimp_table(result: dict) -> Table:
+    pairs = sum(each["pairs"] for each in result["paradigms"].values())
+    table = _table(f"BLiMP: {pairs:,} pairs", "phenomenon", "paradigms", "accuracy")
+    for name, accuracy in result["phenomena"].items():
+        number = sum(each["phenomenon"] == name for each in result["paradigms"].values())
+        table.add_row(name.replace("_", " "), str(number), f"{accuracy:.3f}")
+    table.add_section()
+    table.add_row("all, mean over paradigms", str(len(result["paradigms"])), f"{result['accuracy']:.3f}")
+    return table
+
+
+TABLES = {"position": position_table, "blimp": blimp_table}
+PLOTS = {
+    "blimp": lambda result, folder: plots.blimp(result, folder / "blimp.png"),
+    "position": lambda result, folder: plots.memory_by_position(result, folder / "position.png"),
+}
