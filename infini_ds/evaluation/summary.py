@@ -86,7 +86,17 @@ def recall_table(result: dict) -> Table:
     return table
 
 
-TABLES = {"position": position_table, "recall": recall_table, "blimp": blimp_table}
+def glue_table(result: dict) -> Table:
+    table = _table("GLUE and SuperGLUE, fine-tuned", "task", "metric", "value", "commonest answer", "training examples")
+    for name, task in result["tasks"].items():
+        figures = f"{task['value']:.3f}", f"{task['majority']:.3f}", f"{task['train']:,}"
+        table.add_row(name, task["metric"], *figures)
+    table.add_section()
+    table.add_row("mean", "", f"{result['mean']:.3f}")
+    return table
+
+
+TABLES = {"position": position_table, "recall": recall_table, "blimp": blimp_table, "glue": glue_table}
 PLOTS = {
     "blimp": lambda result, folder: plots.blimp(result, folder / "blimp.png"),
     "recall": lambda result, folder: plots.recall(result, folder / "recall.png"),
