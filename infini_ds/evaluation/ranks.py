@@ -29,6 +29,10 @@ def is_first_on_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def number() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def share(items: list[Item]) -> list[Item]:
     """Every n-th item, for this one of n ranks."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items

@@ -17,7 +17,8 @@ PARTS = "parts.json"  # finished parts, by a hash of all that decides them
 
 @dataclass(frozen=True)
 class Session:
-    """folder: of the results. model: its hash. batch_tokens: computed at a time; no result depends on it."""
+    """folder: of the results. model: a hash of it and of its tokenizer. batch_tokens: computed at a time, which no
+    result depends on."""
 
     folder: Path
     model: str
@@ -28,15 +29,39 @@ class Session:
 
         `options`: all that the result depends on besides the model and this package's version.
         """
-        decides = {"part": name, "model": self.model, "version": infini_ds.__version__, "options": options}
-        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-        done = ranks.tell(self._read().get(key) if ranks.is_first() else None)
-        if done is not None:
-            return done["result"]
-        result = compute()
+        done = self._done({name: options})
+        if name not in done:
+            done[name] = compute()
+            self._keep(name, options, done[name])
+        return done[name]
+
+    def parts(self, options: dict[str, dict[str, Any]], compute: Callable[[str], dict]) -> dict[str, dict]:
+        """The results of parts that are not shared out, by name, in any order: one rank computes a part, and others
+        another one at the same time. `options`: of each part.
+        """
+        done = self._done(options)
+        waiting = [name for name in options if name not in done]
+        for at in range(0, len(waiting), ranks.number()):
+            some = waiting[at : at + ranks.number()]
+            results = ranks.gather([compute(name) for name in ranks.share(some)])
+            for name, result in zip(some, results, strict=True):
+                self._keep(name, options[name], result)
+                done[name] = result
+        return done
+
+    def _done(self, options: dict[str, dict[str, Any]]) -> dict[str, dict]:
+        """What earlier calls have finished of these parts, on every rank."""
+        kept = self._read() if ranks.is_first() else {}
+        keys = {name: self._key(name, its) for name, its in options.items()}
+        return ranks.tell({name: kept[key]["result"] for name, key in keys.items() if key in kept})
+
+    def _keep(self, name: str, options: dict[str, Any], result: dict) -> None:
         if ranks.is_first():
-            write_json(self.folder / PARTS, self._read() | {key: {"part": name, "result": result}})
-        return result
+            write_json(self.folder / PARTS, self._read() | {self._key(name, options): {"part": name, "result": result}})
+
+    def _key(self, name: str, options: dict[str, Any]) -> str:
+        decides = {"part": name, "model": self.model, "version": infini_ds.__version__, "options": options}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def _read(self) -> dict:
         file = self.folder / PARTS
