@@ -40,7 +40,7 @@ class EvaluationRecipe:
     along: list[str] = field(default_factory=lambda: ["blimp", "glue"])
     last: list[str] = field(default_factory=lambda: ["position"])  # at the last step alone
     blimp: str | None = None  # folder of its JSONL files, or its name on the hub; None leaves it out
-    glue: str | None = None  # folder of its tasks, or a name on the hub; None leaves it out
+    glue: str | None = None  # folder of its tasks, or "hub"; None leaves it out
     options: dict[str, Any] = field(default_factory=dict)  # any other option: `limit: 40` is `--limit 40`
 
     def tasks(self, is_last: bool) -> list[str]:

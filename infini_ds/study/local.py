@@ -49,12 +49,15 @@ class Children:
                 signal.signal(number, self._told)
 
     def _told(self, number: int, _) -> None:
-        again = self.stopping
-        self.stopping = True
-        for process in list(self._living):
-            process.send_signal(signal.SIGKILL if again and number == signal.SIGINT else signal.SIGTERM)
-        if not again:
-            print(f"{signal.Signals(number).name}: what is at work saves and ends", flush=True)
+        if self.stopping and number == signal.SIGINT:
+            for process in list(self._living):
+                os.killpg(process.pid, signal.SIGKILL)
+        elif not self.stopping:
+            self.stopping = True
+            for process in list(self._living):
+                process.send_signal(signal.SIGTERM)
+            name = signal.Signals(number).name
+            print(f"{name}: what is at work saves and ends; Ctrl-C once more kills it", flush=True)
 
     def call(self, command: tuple[str, ...], environment: dict[str, str], log=None) -> int:
         """Run a command to its end; returns its exit code.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infini_ds.study.grid import Run, Study, flat
+from infini_ds.training.marks import MARK
 
 DEFINITION = "definition.json"
 PLACES = ("output", "data.path", "data.cache", "model.start_from")  # of a recipe; where things lie changes no number
@@ -56,18 +57,22 @@ def run_steps(study: Study, run: Run) -> list[Step]:
     train = (python, "launch/pretrain.py", *config, *run.overrides)
     export = (python, "launch/convert.py", str(run.folder), "--out", str(run.export))
     steps = [
-        Step("training", train, lambda: run.export.is_dir() or checkpoint(run, run.recipe.steps).is_dir()),
+        Step("training", train, lambda: run.export.is_dir() or is_trained(run)),
         Step("export", export, run.export.is_dir),
     ]
     for step in run.evaluated_steps:
         if tasks := study.evaluation.tasks(step == run.recipe.steps):
             out = evaluation_folder(run, step)
-            options = study.evaluation.arguments(tasks) | {"out": str(out)}
+            options = {"seed": run.recipe.seed} | study.evaluation.arguments(tasks) | {"out": str(out)}
             if "position" in tasks:
                 options["data"] = str(study.data_folder(run.context_length))
             command = (python, "launch/evaluate.py", str(model_at(run, step)), *flags(options))
             steps.append(Step(f"evaluation of step {step}", command, lambda out=out, tasks=tasks: has(out, tasks)))
     return steps
+
+
+def is_trained(run: Run) -> bool:
+    return (checkpoint(run, run.recipe.steps) / MARK).is_file()
 
 
 def checkpoint(run: Run, step: int) -> Path:
