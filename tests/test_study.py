@@ -115,7 +115,7 @@ def test_mistakes_get_a_sentence(override, words, monkeypatch):
 
 def test_the_script_says_mistakes_in_a_sentence(tmp_path):
     asked = call_script("launch/study.py", SMALL, f"output={tmp_path}", "--run", "finetune-s32", code=2).stderr
-    assert asked.startswith("error: --run finetune-s32: there is no such run; did you mean finetune-s32-")
+    assert asked.startswith("error: --run finetune-s32: there is no such run; did you mean finetune-")
     assert "nothing to report" in call_script("launch/study.py", SMALL, f"output={tmp_path}", "--report", code=2).stderr
     started = call_script("launch/study.py", SMALL, f"output={tmp_path}", "--run", "7", code=2).stderr
     assert "starts from base-plain-c512-seed0, which is not finished" in started

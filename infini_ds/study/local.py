@@ -1,5 +1,6 @@
 """Runs of a study on this machine, several at once, each on its share of the cores or on a GPU of its own."""
 
+import contextlib
 import os
 import queue
 import signal
@@ -51,7 +52,8 @@ class Children:
     def _told(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:
             for process in list(self._living):
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         elif not self.stopping:
             self.stopping = True
             for process in list(self._living):
