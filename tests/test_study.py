@@ -280,6 +280,8 @@ def test_what_is_done_is_skipped(trained):
         assert make_run(trained.study, run, trained.children, {}) is None
     assert len(trained.children.called) == before
     assert not is_done(trained.study, trained.runs[-1])
+    other = replace(trained.study, evaluation=replace(trained.study.evaluation, options={"rows": 1}))
+    assert not is_done(other, trained.runs[0])  # evaluated with other options
 
 
 def test_a_changed_grid_under_the_same_name_is_refused(trained):

@@ -81,7 +81,8 @@ def _of_task(task: str, found: list[Cell]) -> str:
         return f"**{title}** was not evaluated (`evaluation.{task}` of the grid), so nothing is said of it."
     (low, worst), (high, best) = (choose(scored, key=lambda pair: pair[0].mean) for choose in (min, max))
     apart = "they lie apart in every seed" if low.apart_from(high) else "their seeds overlap"
-    said = f"**{title}**, fine-tuned: from {shown(low, '.3f')} ({worst}) to {shown(high, '.3f')} ({best}); {apart}."
+    said = f"**{title}**, fine-tuned: {shown(low, '.3f')} ({worst})"
+    said += f" to {shown(high, '.3f')} ({best}); {apart}." if len(scored) > 1 else "."
     if task == "blimp":
         pairs_of = max(result.blimp_pairs for cell in found for result in cell.results)
         said += (

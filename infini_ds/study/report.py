@@ -1,7 +1,6 @@
 """The report of a study: report.md, its figures, and report.html, which carries them inside."""
 
 import platform
-import shlex
 import shutil
 import time
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from infini_ds.study.local import Failure
 from infini_ds.study.page import bullets, table, to_html
 from infini_ds.study.published import FIGURES, GPT_NEO, STEPS
 from infini_ds.study.results import Cell, Result, cells, collect, spread
-from infini_ds.study.steps import is_done, run_steps
+from infini_ds.study.steps import is_done, readable, run_steps
 
 PICTURES = "figures"
 HASH = 16  # digits of a sha256 that are shown
@@ -222,7 +221,7 @@ def provenance(study: Study, runs: list[Run], results: list[Result], failures: l
     if evaluated := evaluated_data(results):
         parts += ["### Data of the evaluations", table(["task", "path", "sha256"], evaluated, words=("task", "path"))]
     commands = [step.command for run in runs for step in run_steps(study, run)]
-    text = "\n".join(shlex.join(["python", *command[1:]]) for command in commands)
+    text = "\n".join(map(readable, commands))
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
     made = f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, Python {platform.python_version()}, {libraries}."
     return [*parts, "### Commands", f"```sh\n{text}\n```", f"Written {made}"]

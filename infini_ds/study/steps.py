@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from infini_ds.study.grid import Run, Study, flat
@@ -67,7 +69,7 @@ def run_steps(study: Study, run: Run) -> list[Step]:
             if "position" in tasks:
                 options["data"] = str(study.data_folder(run.context_length))
             command = (python, "launch/evaluate.py", str(model_at(run, step)), *flags(options))
-            steps.append(Step(f"evaluation of step {step}", command, lambda out=out, tasks=tasks: has(out, tasks)))
+            steps.append(Step(f"evaluation of step {step}", command, partial(has, out, tasks, command)))
     return steps
 
 
@@ -89,9 +91,14 @@ def model_at(run: Run, step: int) -> Path:
     return run.export if step == run.recipe.steps else checkpoint(run, step)
 
 
-def has(folder: Path, tasks: list[str]) -> bool:
-    """Whether all of these tasks have been evaluated there."""
-    return set(tasks) <= set(read_evaluation(folder).get("tasks", {}))
+def has(folder: Path, tasks: list[str], command: tuple[str, ...]) -> bool:
+    """Whether all of these tasks have been evaluated there by this very command, so with these options."""
+    found = read_evaluation(folder).get("tasks", {})
+    return all(found.get(task, {}).get("command") == readable(command) for task in tasks)
+
+
+def readable(command: tuple[str, ...]) -> str:
+    return shlex.join(["python", *command[1:]])
 
 
 def read_evaluation(folder: Path) -> dict:
@@ -143,10 +150,10 @@ def begin(run: Run) -> None:
 def write_start(run: Run) -> None:
     """The model that the run starts from, with this run's segments: the export of the other, configured anew."""
     folder = model_at(run, 0)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(run.start.export, partial)
-    config = json.loads((partial / "config.json").read_text())
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(run.start.export, unfinished)
+    config = json.loads((unfinished / "config.json").read_text())
     config |= {"segment_length": run.segment_length, "memory_rule": run.memory_rule}
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    os.replace(partial, folder)
+    (unfinished / "config.json").write_text(json.dumps(config, indent=2))
+    os.replace(unfinished, folder)
