@@ -121,7 +121,7 @@ class Span(NamedTuple):
         return round(math.exp(rng.uniform(math.log(self.low + 1), math.log(self.high + 1)))) - 1
 
 
-NONE, FAR = Span(0, 0), Span(512, 512)
+NONE, ONE, FOUR, FAR = Span(0, 0), Span(1, 1), Span(4, 4), Span(512, 512)
 
 
 @dataclass(frozen=True)
@@ -232,23 +232,34 @@ class Recall(Task):
 @task("pairs")
 @dataclass(frozen=True)
 class Pairs(Recall):
-    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): keys with a value each, then some of the
-    keys in another order, each answered before the next one is asked."""
+    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): keys with a value each, then a question for
+    each of some keys, answered before the next one is asked.
 
-    pairs: int = 4
-    queries: int = 1
+    queries: how many questions. No key is asked for again before all have been. first: "key" or "value", which of the
+    two a fact says first; a question is a key in any case.
+    """
+
+    pairs: Span = FOUR
+    queries: Span = ONE
+    first: str = "key"
 
     def check(self) -> None:
         super().check()
-        within("pairs", self.pairs, 1, self.keys)
-        within("queries", self.queries, 1, self.pairs)
+        within("pairs", self.pairs.low, 1, self.keys)
+        within("pairs", self.pairs.high, 1, self.keys)
+        within("queries", self.queries.low, 1, math.inf)
+        among("first", self.first, "key", "value")
 
     def write(self, writer: Writer) -> None:
-        keys, values = self.some_keys(writer, self.pairs), self.some_values(writer, self.pairs)
-        ends = [writer.say(key, value) for key, value in zip(keys, values, strict=True)]
+        pairs, queries = self.pairs.draw(writer.rng), self.queries.draw(writer.rng)
+        keys, values = self.some_keys(writer, pairs), self.some_values(writer, pairs)
+        facts = zip(keys, values, strict=True) if self.first == "key" else zip(values, keys, strict=True)
+        ends = [writer.say(*fact) for fact in facts]
         self.between(writer)
-        for asked in writer.rng.sample(range(self.pairs), self.queries):
-            begin = writer.at
+        order: list[int] = []
+        for _ in range(queries):
+            order = order or writer.rng.sample(range(pairs), pairs)
+            asked, begin = order.pop(), writer.at
             writer.say("?", keys[asked])
             writer.answer(values[asked], distance=begin - ends[asked])
 
@@ -295,8 +306,7 @@ class Question(Recall):
     def check(self) -> None:
         super().check()
         within("pairs", self.pairs, 1, self.keys)
-        if self.order not in ("first", "last", "both"):
-            raise ValueError(f"order={self.order}: choose first, last, both")
+        among("order", self.order, "first", "last", "both")
 
     def write(self, writer: Writer) -> None:
         keys, values = self.some_keys(writer, self.pairs), self.some_values(writer, self.pairs)
@@ -312,9 +322,14 @@ class Question(Recall):
         writer.answer(values[asked], distance=begin - ends[asked])
 
 
-def within(option: str, value: int, low: int, high: int) -> None:
+def within(option: str, value: int, low: int, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{option}={value}: give {low} to {high}")
+        raise ValueError(f"{option}={value}: give {low} " + (f"to {high}" if high < math.inf else "or more"))
+
+
+def among(option: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise ValueError(f"{option}={value}: choose {', '.join(known)}")
 
 
 def find_task(text: str) -> Task:
