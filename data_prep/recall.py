@@ -129,13 +129,15 @@ class Task:
     """What all tasks have in common.
 
     distance: tokens between the end of the last fact and the start of the first question. before: tokens of filler
-    ahead of the facts. after: behind the last answer. documents, seed: of the text that `data_prep` makes; evaluation
-    has its own.
+    ahead of the facts. after: behind the last answer. multiple: more of it behind, until the document with its start
+    token is a multiple of so many tokens, so that the documents of a row begin where its segments do. documents, seed:
+    of the text that `data_prep` makes; evaluation has its own.
     """
 
     distance: Span = FAR
     before: Span = NONE
     after: Span = NONE
+    multiple: int = 1
     documents: int = 10_000
     seed: int = 0
 
@@ -165,6 +167,7 @@ class Task:
         writer.fill(self.before.draw(rng))
         self.write(writer)
         writer.fill(self.after.draw(rng))
+        writer.fill(-(1 + writer.at) % self.multiple)
         return Example("".join(writer.pieces), writer.tokens, writer.answers)
 
 
@@ -348,8 +351,8 @@ def find_task(text: str) -> Task:
             raise ValueError(f"{text}: {name} has no option {key!r}; {near(key, kinds)}")
         options[key] = read_value(key, value, kinds[key])
     found = TASKS[name](**options)
-    if found.documents < 1:
-        raise ValueError(f"documents={found.documents}: give at least 1")
+    within("documents", found.documents, 1, math.inf)
+    within("multiple", found.multiple, 1, math.inf)
     found.check()
     return found
 

@@ -12,12 +12,13 @@ from data_prep.prepare import PrepareOptions, load_manifest, prepare
 from data_prep.recall import FILLER, KEYS, VALUES, WORDS, Span, documents, find_task, find_tasks
 
 TASKS = (
-    "passkey,distance=40,digits=6",
-    "pairs,distance=40,queries=4",
-    "variables,distance=40,chains=3,hops=2",
-    "question,distance=40,order=first",
-    "question,distance=40,order=last",
-    "question,distance=40,order=both",
+    "passkey,digits=6",
+    "pairs,queries=4",
+    "pairs,queries=6,first=value",
+    "variables,chains=3,hops=2",
+    "question,order=first",
+    "question,order=last",
+    "question,order=both",
 )
 
 
@@ -39,9 +40,11 @@ def solve(text: str) -> list[str]:
     """The answers, found by reading."""
     if "pass key" in text:
         return [text.partition("the pass key is ")[2].partition(" .")[0]]
-    meaning = dict(re.findall(r"(\w+) = (\w+) ;", text)) or dict(
-        re.findall(r"([A-Z]\w+) ([a-z]+)", text.split(" ? ")[0])
-    )
+    meaning = dict(re.findall(r"(\w+) = (\w+) ;", text))
+    if not meaning:
+        facts = text.split()[:8]
+        keys, values = (facts[::2], facts[1::2]) if facts[0] in KEYS else (facts[1::2], facts[::2])
+        meaning = dict(zip(keys, values, strict=True))
     found = []
     for key in re.findall(r"\? (\w+)", text):
         while key in meaning:
@@ -85,29 +88,30 @@ def test_an_example_depends_on_its_seed_and_number_alone(spec):
 def test_an_example_stays_what_it_was():
     """Data and scores of other versions are compared by seed."""
     text = find_task("pairs,distance=6,queries=2").example(0, 0, str.split).text
-    assert text == " Edward cow"
+    facts, questions = "Andrew clock Clara bear Eric boat David bed", "? Eric boat ? David bed"
+    assert text == f" {facts} here we go . there and {questions}"
 
 
 @pytest.mark.parametrize("spec", TASKS)
 @pytest.mark.parametrize("cut", ["words", "bytes"])
 def test_distances_are_exact(spec, cut, byte_level):
-    """Counted anew by the text: filler that lies between facts and question is as many tokens as asked for."""
+    """Counted anew in the text: how much longer filler ahead, between and behind makes it."""
     tokenize = str.split if cut == "words" else lambda text: byte_level.encode(text).ids
-    task = find_task(f"{spec},before=7,after=5")
     for index in range(20):
-        example = task.example(0, index, tokenize)
-        assert tokenize(example.text) == example.tokens
-        words = example.text.split()
-        first = next(at for at, word in enumerate(words) if word in ("pass", *KEYS, "?"))
-        before = words[: first - 1] if words[first] == "pass" else words[:first]
-        assert len(tokenize("".join(f" {word}" for word in before))) == 7
-        for answer in example.answers:
-            text = example.text if cut == "words" else byte_level.decode(example.tokens[: answer.end])
-            assert cut == "words" or text.split()[-1] in (*VALUES, *"0123456789")
-        nearest = min(answer.distance for answer in example.answers)
-        farthest = max(answer.distance for answer in example.answers)
-        assert nearest >= 40
-        assert farthest <= 40 + len(example.tokens) - 52 - len(example.answers)
+        lengths = []
+        for filler in ("distance=0", "distance=41", "distance=41,before=7", "distance=41,before=7,after=5"):
+            example = find_task(f"{spec},{filler}").example(0, index, tokenize)
+            assert tokenize(example.text) == example.tokens
+            for answer in example.answers:
+                assert answer.distance >= find_task(f"{spec},{filler}").distance.low
+            lengths.append(fillers_in(example.text, tokenize))
+        assert lengths == [0, 41, 48, 53]
+
+
+def fillers_in(text: str, tokenize) -> int:
+    """Tokens of the words that nothing but filler has."""
+    text = text.replace("what is the pass key ?", "").replace("the pass key is", "").replace(". remember it .", "")
+    return sum(len(tokenize(f" {word}")) for word in text.split() if word in FILLER)
 
 
 def test_the_distance_of_each_answer():
@@ -117,6 +121,12 @@ def test_the_distance_of_each_answer():
         fact_end = example.tokens.index(key) + 2
         assert example.tokens[fact_end - 1] == value
         assert answer.distance == answer.begin - 2 - fact_end  # "?" is where the question starts
+
+
+def test_documents_may_be_whole_segments():
+    task = find_task("pairs,distance=1-50,multiple=32")
+    lengths = {1 + len(task.example(0, index, str.split).tokens) for index in range(100)}
+    assert lengths == {32, 64}
 
 
 def test_answers_are_as_likely_as_chance_says():
@@ -145,13 +155,15 @@ def test_distances_are_drawn_by_octaves():
         ("pairs,pear=4", "did you mean pairs"),
         ("pairs,pairs=four", "pairs=four"),
         ("pairs,pairs=33", "pairs=33"),
-        ("pairs,queries=5", "queries=5"),
+        ("pairs,queries=0", "queries=0"),
         ("pairs,keys=65", "keys=65"),
         ("pairs,distance=64-32", "distance=64-32"),
         ("variables,chains=20", "chains=20"),
         ("question,order=middle", "order=middle"),
         ("passkey,digits=0", "digits=0"),
         ("passkey,documents=0", "documents=0"),
+        ("pairs,first=last", "first=last"),
+        ("pairs,multiple=0", "multiple=0"),
     ],
 )
 def test_mistakes_are_named(spec, named):
