@@ -61,6 +61,7 @@ class Example:
     text: str
     tokens: list
     answers: list[Answer]
+    spans: list[tuple[int, int]]  # of the answers in the text
 
 
 class Writer:
@@ -71,6 +72,7 @@ class Writer:
         self.pieces: list[str] = []
         self.tokens: list = []
         self.answers: list[Answer] = []
+        self.spans: list[tuple[int, int]] = []
 
     @property
     def at(self) -> int:
@@ -85,8 +87,9 @@ class Writer:
         return self.at
 
     def answer(self, *words: str, distance: int) -> None:
-        begin = self.at
+        begin, begin_of_text = self.at, sum(map(len, self.pieces))
         self.answers.append(Answer(begin, self.say(*words), distance))
+        self.spans.append((begin_of_text, begin_of_text + len(self.pieces[-1])))
 
     def fill(self, tokens: int) -> None:
         """Adds so many tokens of filler, beginning anywhere in it. In place of a word too long for the rest comes a
@@ -130,14 +133,15 @@ class Task:
 
     distance: tokens between the end of the last fact and the start of the first question. before: tokens of filler
     ahead of the facts. after: behind the last answer. multiple: more of it behind, until the document with its start
-    token is a multiple of so many tokens, so that the documents of a row begin where its segments do. documents, seed:
-    of the text that `data_prep` makes; evaluation has its own.
+    token is a multiple of so many tokens, so that the documents of a row begin where its segments do. learn: "answers"
+    alone, or "all" tokens; documents, seed: of the text that `data_prep` makes; evaluation has its own.
     """
 
     distance: Span = FAR
     before: Span = NONE
     after: Span = NONE
     multiple: int = 1
+    learn: str = "answers"
     documents: int = 10_000
     seed: int = 0
 
@@ -168,7 +172,7 @@ class Task:
         self.write(writer)
         writer.fill(self.after.draw(rng))
         writer.fill(-(1 + writer.at) % self.multiple)
-        return Example("".join(writer.pieces), writer.tokens, writer.answers)
+        return Example("".join(writer.pieces), writer.tokens, writer.answers, writer.spans)
 
 
 TASKS: dict[str, type[Task]] = {}
@@ -353,6 +357,7 @@ def find_task(text: str) -> Task:
     found = TASKS[name](**options)
     within("documents", found.documents, 1, math.inf)
     within("multiple", found.multiple, 1, math.inf)
+    among("learn", found.learn, "answers", "all")
     found.check()
     return found
 
@@ -383,9 +388,9 @@ def find_tasks(text: str) -> list[Task]:
     return [find_task(part) for part in text.split("+")]
 
 
-def documents(tasks: list[Task]) -> Iterator[Example]:
+def documents(tasks: list[Task]) -> Iterator[tuple[Task, Example]]:
     """The training text of some tasks, which take turns, for a tokenizer with a token a word."""
     for index in range(max(task.documents for task in tasks)):
         for task in tasks:
             if index < task.documents:
-                yield task.example(task.seed, index, str.split)
+                yield task, task.example(task.seed, index, str.split)

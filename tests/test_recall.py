@@ -189,7 +189,7 @@ def test_shards_hold_the_examples(tmp_path):
         for split in ("train", "validation")
         for ids in read_token_documents(out / split, manifest.tokenizer.start_id)
     ]
-    assert sorted(found) == sorted(example.text.strip() for example in documents(find_tasks(spec)))
+    assert sorted(found) == sorted(example.text.strip() for _, example in documents(find_tasks(spec)))
     ids = tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"]
     assert sorted(ids) == list(range(2, 2 + len(WORDS)))
     with pytest.raises(ValueError, match="did you mean pairs"):
