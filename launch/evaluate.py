@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from infini_ds.data.sources import find_sources
-from infini_ds.evaluation import blimp, finetuning, glue, position, ranks, recall, summary
+from infini_ds.evaluation import blimp, finetuning, glue, glue_texts, position, ranks, recall, summary
 from infini_ds.evaluation.session import EVALUATION, Session, earlier_tasks, write_json
 from infini_ds.evaluation.subject import Subject, load
 from infini_ds.training.processes import disconnect, identify, launch, share_threads
@@ -47,7 +47,7 @@ def options() -> argparse.Namespace:
     add("--segments", type=int, nargs="+", default=[1, 4, 16, 64], help="recall: of filler (default: 1 4 16 64)")
     add("--examples", type=int, default=64, help="recall: of each task and length (default: %(default)s)")
     add("--blimp", default=blimp.HUB, help="folder of JSONL files, or a data set on the hub (default: %(default)s)")
-    add("--glue", default=glue.HUB, help="folder of JSON lines, or hub (default: %(default)s)")
+    add("--glue", default=glue_texts.HUB, help="folder of JSON lines, or hub (default: %(default)s)")
     add("--glue-tasks", nargs="+", default=list(glue.TASKS), metavar="TASK", help=f"of {', '.join(glue.TASKS)}")
     add("--finetune", nargs="+", default=[], metavar="key=value", help="glue: such as learning_rate=5e-5 epochs=10")
     add("--limit", type=int, default=0, help="blimp: pairs of a paradigm; glue: examples of a split (default: all)")

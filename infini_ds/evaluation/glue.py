@@ -11,7 +11,7 @@ import torch
 
 from infini_ds.evaluation import ranks
 from infini_ds.evaluation.finetuning import FineTuning, finetune, metrics, steps_of
-from infini_ds.evaluation.glue_texts import HUB, Texts, load, sha256_of, thinned, tokenized
+from infini_ds.evaluation.glue_texts import Texts, load, sha256_of, thinned, tokenized
 from infini_ds.evaluation.scoring import context_length
 from infini_ds.evaluation.session import Session
 from infini_ds.evaluation.subject import Subject
