@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import torch
 from rich.console import Console
@@ -108,4 +109,5 @@ def report(study: Study, runs: list[Run], failures: list[Failure]) -> None:
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     launch(main)

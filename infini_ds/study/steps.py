@@ -92,9 +92,10 @@ def model_at(run: Run, step: int) -> Path:
 
 
 def has(folder: Path, tasks: list[str], command: tuple[str, ...]) -> bool:
-    """Whether all of these tasks have been evaluated there by this very command, so with these options."""
+    """Whether all of these tasks have been evaluated there with the very options of this command."""
     found = read_evaluation(folder).get("tasks", {})
-    return all(found.get(task, {}).get("command") == readable(command) for task in tasks)
+    made_by = [shlex.split(found.get(task, {}).get("command", "")) for task in tasks]
+    return all(words[2:] == list(command[2:]) for words in made_by)
 
 
 def readable(command: tuple[str, ...]) -> str:
