@@ -144,11 +144,11 @@ def make_all(study: Study, runs: list[Run], children: Children, jobs: int, gpus:
         ThreadPoolExecutor(jobs, initializer=lambda: _settle(place, places.get(), jobs, gpus)) as pool,
     ):
         while left or at_work:
-            for run in [run for run in left if run.start is None or run.start.name in done]:
+            for run in [run for run in left if run.start is None or run.start.export.is_dir()]:
                 left.remove(run)
                 future = pool.submit(lambda run=run: make_run(study, run, children, place.variables))
                 at_work[future] = run
-            for run in [run for run in left if run.start.name in failures]:
+            for run in [run for run in left if run.start.name in failures and not run.start.export.is_dir()]:
                 left.remove(run)
                 failures[run.name] = Failure(run.name, f"{run.start.name}, which it starts from, failed")
                 progress.say(str(failures[run.name]))
