@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from infini_ds.data.sources import find_sources
-from infini_ds.evaluation import blimp, position, ranks, summary
+from infini_ds.evaluation import blimp, glue, glue_texts, position, ranks, summary
+from infini_ds.evaluation.finetuning import settings_of
 from infini_ds.evaluation.session import EVALUATION, Session, earlier_tasks, write_json
 from infini_ds.evaluation.subject import Subject, load
 from infini_ds.training.processes import disconnect, identify, launch, share_threads
@@ -38,7 +39,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", help="position: a folder that data_prep made (default: the run's own)")
     parser.add_argument("--rows", type=int, default=64, help="position: validation rows, 0 for all")
     parser.add_argument("--blimp", default=blimp.HUB, help="blimp: folder of JSONL files, or a data set on the hub")
-    parser.add_argument("--limit", type=int, default=0, help="blimp: pairs of each paradigm, 0 for all")
+    parser.add_argument("--glue", default=glue_texts.HUB, help="glue: folder of JSON lines (default: %(default)s)")
+    parser.add_argument("--glue-tasks", nargs="+", default=list(glue.TASKS), metavar="TASK", help="(default: all ten)")
+    parser.add_argument("--finetune", nargs="+", default=[], metavar="KEY=VALUE", help="glue: such as epochs=3")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="blimp: pairs of each paradigm; glue: examples of each split; 0 for all"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args()
     for task in args.tasks:
@@ -61,7 +67,12 @@ def run_blimp(args: argparse.Namespace, subject: Subject, session: Session) -> d
     return blimp.measure(subject, blimp.read_paradigms(args.blimp, args.limit or None), args.blimp, session)
 
 
-TASKS = {"position": run_position, "blimp": run_blimp}
+def run_glue(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+    settings = settings_of(args.finetune)
+    return glue.measure(subject, args.glue, args.glue_tasks, settings, args.seed, args.limit or None, session)
+
+
+TASKS = {"position": run_position, "blimp": run_blimp, "glue": run_glue}
 
 
 def main() -> None:

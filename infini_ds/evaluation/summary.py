@@ -67,7 +67,19 @@ def blimp_table(result: dict) -> Table:
     return table
 
 
-TABLES = {"position": position_table, "blimp": blimp_table}
+def glue_table(result: dict) -> Table:
+    settings = result["settings"]
+    title = f"GLUE and SuperGLUE: fine-tuned with learning rate {settings['learning_rate']:g}, seed {result['seed']}"
+    table = _table(title, "task", "training", "validation", "metric", "value", "majority")
+    for name, task in result["tasks"].items():
+        sizes = (f"{task['train']:,}", f"{task['validation']:,}")
+        table.add_row(name, *sizes, task["metric"], f"{task['value']:.3f}", f"{task['majority']:.3f}")
+    table.add_section()
+    table.add_row("all, mean over tasks", "", "", "", f"{result['mean']:.3f}", "")
+    return table
+
+
+TABLES = {"position": position_table, "blimp": blimp_table, "glue": glue_table}
 PLOTS = {
     "blimp": lambda result, folder: plots.blimp(result, folder / "blimp.png"),
     "position": lambda result, folder: plots.memory_by_position(result, folder / "position.png"),
