@@ -74,6 +74,11 @@ class PrepareOptions:
         return find_source("--source", self.source)[0].words
 
     @property
+    def has_answers(self) -> bool:
+        """Whether not all tokens of the rows are to be predicted."""
+        return find_source("--source", self.source)[0].has_answers
+
+    @property
     def training(self) -> ReadOptions:
         """How the source is read."""
         return self._read("--source", self.source, self.split)

@@ -94,7 +94,7 @@ def build(options: PrepareOptions, folder: Path, progress: Progress) -> Manifest
 
     progress.phase("starting to tokenize")
     skipped = Skipped()
-    shape = (options.sequence_length, tokenizer.vocab_size, tokenizer.pad_id, options.shard_bytes)
+    shape = (options.sequence_length, tokenizer.vocab_size, tokenizer.pad_id, options.shard_bytes, options.has_answers)
     with split_writer(folder / "train", *shape) as train, split_writer(folder / "validation", *shape) as validation:
         writers = {"train": train, "validation": validation}
         documents = split_documents(options, held_out, skipped)

@@ -61,6 +61,7 @@ class Example:
     text: str
     tokens: list
     answers: list[Answer]
+    spans: list[tuple[int, int]]  # of the answers in the text
 
 
 class Writer:
@@ -71,6 +72,7 @@ class Writer:
         self.pieces: list[str] = []
         self.tokens: list = []
         self.answers: list[Answer] = []
+        self.spans: list[tuple[int, int]] = []
 
     @property
     def at(self) -> int:
@@ -85,8 +87,9 @@ class Writer:
         return self.at
 
     def answer(self, *words: str, distance: int) -> None:
-        begin = self.at
+        begin, begin_of_text = self.at, sum(map(len, self.pieces))
         self.answers.append(Answer(begin, self.say(*words), distance))
+        self.spans.append((begin_of_text, begin_of_text + len(self.pieces[-1])))
 
     def fill(self, tokens: int) -> None:
         """Adds so many tokens of filler, beginning anywhere in it. In place of a word too long for the rest comes a
@@ -121,7 +124,7 @@ class Span(NamedTuple):
         return round(math.exp(rng.uniform(math.log(self.low + 1), math.log(self.high + 1)))) - 1
 
 
-NONE, FAR = Span(0, 0), Span(512, 512)
+NONE, ONE, FOUR, FAR = Span(0, 0), Span(1, 1), Span(4, 4), Span(512, 512)
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,16 @@ class Task:
     """What all tasks have in common.
 
     distance: tokens between the end of the last fact and the start of the first question. before: tokens of filler
-    ahead of the facts. after: behind the last answer. documents, seed: of the text that `data_prep` makes; evaluation
-    has its own.
+    ahead of the facts. after: behind the last answer. multiple: more of it behind, until the document with its start
+    token is a multiple of so many tokens, so that the documents of a row begin where its segments do. learn: "answers"
+    alone, or "all" tokens; documents, seed: of the text that `data_prep` makes; evaluation has its own.
     """
 
     distance: Span = FAR
     before: Span = NONE
     after: Span = NONE
+    multiple: int = 1
+    learn: str = "answers"
     documents: int = 10_000
     seed: int = 0
 
@@ -165,7 +171,8 @@ class Task:
         writer.fill(self.before.draw(rng))
         self.write(writer)
         writer.fill(self.after.draw(rng))
-        return Example("".join(writer.pieces), writer.tokens, writer.answers)
+        writer.fill(-(1 + writer.at) % self.multiple)
+        return Example("".join(writer.pieces), writer.tokens, writer.answers, writer.spans)
 
 
 TASKS: dict[str, type[Task]] = {}
@@ -232,23 +239,34 @@ class Recall(Task):
 @task("pairs")
 @dataclass(frozen=True)
 class Pairs(Recall):
-    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): keys with a value each, then some of the
-    keys in another order, each answered before the next one is asked."""
+    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): keys with a value each, then a question for
+    each of some keys, answered before the next one is asked.
 
-    pairs: int = 4
-    queries: int = 1
+    queries: how many questions. No key is asked for again before all have been. first: "key" or "value", which of the
+    two a fact says first; a question is a key in any case.
+    """
+
+    pairs: Span = FOUR
+    queries: Span = ONE
+    first: str = "key"
 
     def check(self) -> None:
         super().check()
-        within("pairs", self.pairs, 1, self.keys)
-        within("queries", self.queries, 1, self.pairs)
+        within("pairs", self.pairs.low, 1, self.keys)
+        within("pairs", self.pairs.high, 1, self.keys)
+        within("queries", self.queries.low, 1, math.inf)
+        among("first", self.first, "key", "value")
 
     def write(self, writer: Writer) -> None:
-        keys, values = self.some_keys(writer, self.pairs), self.some_values(writer, self.pairs)
-        ends = [writer.say(key, value) for key, value in zip(keys, values, strict=True)]
+        pairs, queries = self.pairs.draw(writer.rng), self.queries.draw(writer.rng)
+        keys, values = self.some_keys(writer, pairs), self.some_values(writer, pairs)
+        facts = zip(keys, values, strict=True) if self.first == "key" else zip(values, keys, strict=True)
+        ends = [writer.say(*fact) for fact in facts]
         self.between(writer)
-        for asked in writer.rng.sample(range(self.pairs), self.queries):
-            begin = writer.at
+        order: list[int] = []
+        for _ in range(queries):
+            order = order or writer.rng.sample(range(pairs), pairs)
+            asked, begin = order.pop(), writer.at
             writer.say("?", keys[asked])
             writer.answer(values[asked], distance=begin - ends[asked])
 
@@ -295,8 +313,7 @@ class Question(Recall):
     def check(self) -> None:
         super().check()
         within("pairs", self.pairs, 1, self.keys)
-        if self.order not in ("first", "last", "both"):
-            raise ValueError(f"order={self.order}: choose first, last, both")
+        among("order", self.order, "first", "last", "both")
 
     def write(self, writer: Writer) -> None:
         keys, values = self.some_keys(writer, self.pairs), self.some_values(writer, self.pairs)
@@ -312,9 +329,14 @@ class Question(Recall):
         writer.answer(values[asked], distance=begin - ends[asked])
 
 
-def within(option: str, value: int, low: int, high: int) -> None:
+def within(option: str, value: int, low: int, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{option}={value}: give {low} to {high}")
+        raise ValueError(f"{option}={value}: give {low} " + (f"to {high}" if high < math.inf else "or more"))
+
+
+def among(option: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise ValueError(f"{option}={value}: choose {', '.join(known)}")
 
 
 def find_task(text: str) -> Task:
@@ -333,8 +355,9 @@ def find_task(text: str) -> Task:
             raise ValueError(f"{text}: {name} has no option {key!r}; {near(key, kinds)}")
         options[key] = read_value(key, value, kinds[key])
     found = TASKS[name](**options)
-    if found.documents < 1:
-        raise ValueError(f"documents={found.documents}: give at least 1")
+    within("documents", found.documents, 1, math.inf)
+    within("multiple", found.multiple, 1, math.inf)
+    among("learn", found.learn, "answers", "all")
     found.check()
     return found
 
@@ -365,9 +388,9 @@ def find_tasks(text: str) -> list[Task]:
     return [find_task(part) for part in text.split("+")]
 
 
-def documents(tasks: list[Task]) -> Iterator[Example]:
+def documents(tasks: list[Task]) -> Iterator[tuple[Task, Example]]:
     """The training text of some tasks, which take turns, for a tokenizer with a token a word."""
     for index in range(max(task.documents for task in tasks)):
         for task in tasks:
             if index < task.documents:
-                yield task.example(task.seed, index, str.split)
+                yield task, task.example(task.seed, index, str.split)

@@ -227,7 +227,8 @@ def test_only_the_memory_answers_a_question_of_an_early_segment(files, exported,
     assert 0.3 < (without == validation.labels).double().mean() < 0.7
 
 
-def test_evaluate_fine_tunes_reports_and_passes_over_what_is_done(files, exported, tmp_path):
+def test_evaluate_fine_tunes_reports_and_passes_over_what_is_done(files, exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # one thread: two spend their time waiting for each other
     keys = [f"{name}={getattr(SETTINGS, name)}" for name in ("learning_rate", "batch", "epochs", "evaluate_every")]
     arguments = ["launch/evaluate.py", exported, "--tasks", "glue", "--glue", files, "--out", tmp_path]
     first = call_script(*arguments, "--glue-tasks", "sst2", "--finetune", *keys, "patience=3")
@@ -239,7 +240,7 @@ def test_evaluate_fine_tunes_reports_and_passes_over_what_is_done(files, exporte
     # In parts of another size the figures are the same; boolq is new; nothing is computed a second time.
     parts = tmp_path / "parts.json"
     both = [*arguments, "--glue-tasks", "sst2", "boolq", "--finetune", *keys, "patience=3"]
-    call_script(*both, "--out", tmp_path / "small", "--batch-tokens", "100")
+    call_script(*both, "--out", tmp_path / "small", "--batch-tokens", "400")
     small = json.loads((tmp_path / "small" / "evaluation.json").read_text())["tasks"]["glue"]
     assert small["tasks"]["sst2"] == task
     call_script(*both)

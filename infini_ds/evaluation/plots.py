@@ -1,5 +1,6 @@
 """The pictures of reports and benchmarks."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -86,6 +87,56 @@ def memory_by_position(result: dict, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
+
+
+def recall(result: dict, file: Path) -> None:
+    """Accuracy by segments between fact and question, a panel for each task; of tasks at several depths, by depth.
+
+    `result`: of `infini_ds.evaluation.recall.measure`.
+    """
+    tasks = result["tasks"]
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows + 0.6), squeeze=False, layout="constrained"
+    )
+    for axes, (name, task) in zip(panels.flat, tasks.items(), strict=False):
+        axes.set_title(name, fontsize=10)
+        if len({point["depth"] for point in task["points"]}) > 1:
+            _by_depth(axes, task["points"])
+            continue
+        between = [point["segments"] for point in task["points"]]
+        for memory in task["points"][0]["accuracy"]:
+            label, color = MEMORY[memory]
+            values = [point["accuracy"][memory] for point in task["points"]]
+            axes.plot(range(len(between)), values, color=color, label=label, marker="o", markersize=4)
+        axes.axhline(task["chance"], color="0.5", linestyle="--", linewidth=1, label="chance")
+        axes.set_xticks(range(len(between)), between)
+        axes.set(ylim=(-0.03, 1.03), xlabel="segments between fact and question", ylabel="accuracy")
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_visible(False)
+    lines = next((axes for axes in panels.flat if axes.get_legend_handles_labels()[0]), None)
+    if lines is not None:
+        figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def _by_depth(axes: Axes, points: list[dict]) -> None:
+    """With the memory on: a field for each length and depth."""
+    lengths = sorted({point["segments"] for point in points})
+    depths = sorted({point["depth"] for point in points})
+    found = {(point["depth"], point["segments"]): point["accuracy"]["on"] for point in points}
+    grid = [[found.get((depth, length), math.nan) for length in lengths] for depth in depths]
+    axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "0.2")
+    axes.set_xticks(range(len(lengths)), lengths)
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.grid(visible=False)
+    axes.set(xlabel="segments of filler in all", ylabel="filler before the fact")
 
 
 def blimp(result: dict, file: Path) -> None:

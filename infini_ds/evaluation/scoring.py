@@ -117,3 +117,42 @@ def _windows(batch: dict[str, Tensor], most: int | None) -> list[tuple[int, int,
             step = most or end - start
             pieces += [(row, first, min(first + step, end)) for first in range(start, end, step)]
     return pieces
+
+
+@torch.no_grad()
+def answered(
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    answers: list[list[tuple[int, int]]],
+    memory: str = "on",
+    other: dict[str, Tensor] | None = None,
+) -> list[list[bool]]:
+    """Whether each token of each answer is the likeliest one behind all before it, which is whether greedy decoding
+    gives the answer. A model with a longest context sees the end of what comes before, as much as it takes.
+
+    Args:
+        batch, memory, other: as for `token_losses`; answers: of each row, where they stand: [begin, end).
+    """
+    places = [(row, at) for row, spans in enumerate(answers) for begin, end in spans for at in range(begin, end)]
+    row, at = torch.tensor(places).unbind(1)
+    if has_memory(model):
+        part, options = _with_other(model, batch, memory, other)
+        del part["labels"]
+        hidden = model.transformer(**part, **options).last_hidden_state
+        likeliest = model.lm_head(hidden[row, at - 1]).argmax(-1).cpu()
+    else:
+        likeliest = _likeliest_in_window(model, batch, answers)[row, at - 1]
+    hits = (likeliest == batch["input_ids"][row, at]).tolist()
+    right = {place for place, hit in zip(places, hits, strict=True) if hit}
+    return [[all((row, at) in right for at in range(*span)) for span in spans] for row, spans in enumerate(answers)]
+
+
+def _likeliest_in_window(model: PreTrainedModel, batch: dict[str, Tensor], answers: list) -> Tensor:
+    """(B, T) the likeliest token behind each one of the model's last window, on the CPU."""
+    ids, likeliest = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORED)
+    for row, spans in enumerate(answers):
+        last = spans[-1][1] - 1
+        first = max(0, last - (context_length(model) or last))
+        logits = model(input_ids=ids[row : row + 1, first:last].to(model.device)).logits
+        likeliest[row, first:last] = logits[0].argmax(-1).cpu()
+    return likeliest

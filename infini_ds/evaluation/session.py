@@ -17,7 +17,8 @@ PARTS = "parts.json"  # finished parts, by a hash of all that decides them
 
 @dataclass(frozen=True)
 class Session:
-    """folder: of the results. model: its hash. batch_tokens: computed at a time; no result depends on it."""
+    """folder: of the results. model: a hash of it and of its tokenizer. batch_tokens: computed at a time, which no
+    result depends on."""
 
     folder: Path
     model: str

@@ -31,6 +31,11 @@ class Subject:
     folder: Path
     sha256: str
 
+    def identity(self) -> str:
+        """Of the model and its tokenizer."""
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256(f"{self.sha256} {vocabulary}".encode()).hexdigest()
+
     def facts(self) -> dict:
         return {
             "path": self.path,

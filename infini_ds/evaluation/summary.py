@@ -11,19 +11,18 @@ NAMES = {"on": "its own", "off": "off", "other": "of another document"}
 SHOWN = 8  # lines of a long table
 
 
-def show(evaluation: dict, console: Console) -> None:
-    model = evaluation["model"]
+def show(model: dict, tasks: dict, console: Console) -> None:
     console.print(
         f"\n{model['path']}: {model['model_type']}, {model['parameters'] / 1e6:.1f}M parameters, "
         f"sha256 {model['sha256'][:12]}",
         highlight=False,
     )
-    for name, result in evaluation["tasks"].items():
+    for name, result in tasks.items():
         console.print(TABLES[name](result))
 
 
-def picture(evaluation: dict, folder: Path) -> None:
-    for name, result in evaluation["tasks"].items():
+def picture(tasks: dict, folder: Path) -> None:
+    for name, result in tasks.items():
         if name in PLOTS:
             PLOTS[name](result, folder)
 
@@ -67,20 +66,39 @@ def blimp_table(result: dict) -> Table:
     return table
 
 
-def glue_table(result: dict) -> Table:
-    settings = result["settings"]
-    title = f"GLUE and SuperGLUE: fine-tuned with learning rate {settings['learning_rate']:g}, seed {result['seed']}"
-    table = _table(title, "task", "training", "validation", "metric", "value", "majority")
+def recall_table(result: dict) -> Table:
+    S = result["segment_length"]
+    points = [point for task in result["tasks"].values() for point in task["points"]]
+    settings = list(points[0]["accuracy"])
+    table = _table(
+        f"recall: {result['examples']} examples a line, segments of {S} tokens",
+        *("task", "segments between", "answers", *(f"memory {NAMES[memory]}" for memory in settings), "chance"),
+    )
     for name, task in result["tasks"].items():
-        sizes = (f"{task['train']:,}", f"{task['validation']:,}")
-        table.add_row(name, *sizes, task["metric"], f"{task['value']:.3f}", f"{task['majority']:.3f}")
-    table.add_section()
-    table.add_row("all, mean over tasks", "", "", "", f"{result['mean']:.3f}", "")
+        table.add_section()
+        for number in dict.fromkeys(point["segments"] for point in task["points"]):
+            at = [point for point in task["points"] if point["segments"] == number]
+            deep = f" in all, {len(at)} depths" if len(at) > 1 else ""
+            means = [sum(point["accuracy"][memory] for point in at) / len(at) for memory in settings]
+            answers = sum(point["answers"] for point in at)
+            shown = [f"{mean:.3f}" for mean in means]
+            table.add_row(name, f"{number}{deep}", str(answers), *shown, f"{task['chance']:.3g}")
     return table
 
 
-TABLES = {"position": position_table, "blimp": blimp_table, "glue": glue_table}
+def glue_table(result: dict) -> Table:
+    table = _table("GLUE and SuperGLUE, fine-tuned", "task", "metric", "value", "commonest answer", "training examples")
+    for name, task in result["tasks"].items():
+        figures = f"{task['value']:.3f}", f"{task['majority']:.3f}", f"{task['train']:,}"
+        table.add_row(name, task["metric"], *figures)
+    table.add_section()
+    table.add_row("mean", "", f"{result['mean']:.3f}")
+    return table
+
+
+TABLES = {"position": position_table, "recall": recall_table, "blimp": blimp_table, "glue": glue_table}
 PLOTS = {
     "blimp": lambda result, folder: plots.blimp(result, folder / "blimp.png"),
+    "recall": lambda result, folder: plots.recall(result, folder / "recall.png"),
     "position": lambda result, folder: plots.memory_by_position(result, folder / "position.png"),
 }
