@@ -303,7 +303,7 @@ def test_a_model_of_transformers_is_fine_tuned_as_well(files, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("labels", "predictions", "want"),  # by scikit-learn 1.7: accuracy_score, f1_score, matthews_corrcoef
+    ("labels", "predictions", "want"),  # accuracy, F1 and Matthews, by hand
     [
         ([1, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1], (4 / 6, 0.75, 0.25)),
         ([1, 0, 1, 0], [1, 1, 1, 1], (0.5, 2 / 3, 0.0)),
