@@ -134,7 +134,15 @@ def published_table(task: str, tuned: list[Cell], plain: Cell | None) -> str:
         rows.append([S, *published, *scores(next((c for c in tuned if c.run.segment_length == S), None), task, steps)])
     rows.append(["plain", *[""] * (len(STEPS) - 1), f"{GPT_NEO[task]:.3f}", *scores(plain, task, steps)])
     columns = [*(f"published, step {step:,}" for step in STEPS), *(f"here, step {step:,}" for step in steps)]
-    return table(["segment", *columns], rows) + ("" if steps else "\n\nNot measured here.")
+    below = f"Here the mean over {', '.join(glue_tasks(every))}." if task == "glue" and steps else ""
+    return "\n\n".join([table(["segment", *columns], rows), below if steps else "Not measured here."])
+
+
+def glue_tasks(found: list[Cell]) -> list[str]:
+    measured = (
+        e["tasks"].get("glue") for cell in found for result in cell.results for e in result.evaluations.values()
+    )
+    return sorted({name for glue in measured if glue for name in glue["tasks"]})
 
 
 def scores(cell: Cell | None, task: str, steps: list[int]) -> list[str]:
