@@ -1,6 +1,7 @@
 """The pictures of reports and benchmarks."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -101,7 +102,7 @@ def recall(result: dict, file: Path) -> None:
         rows, columns, figsize=(4.2 * columns, 3.4 * rows + 0.6), squeeze=False, layout="constrained"
     )
     for axes, (name, task) in zip(panels.flat, tasks.items(), strict=False):
-        axes.set_title(name, fontsize=10)
+        axes.set_title(textwrap.fill(name.replace(",", ", "), 48), fontsize=10)
         if len({point["depth"] for point in task["points"]}) > 1:
             _by_depth(axes, task["points"])
             continue
