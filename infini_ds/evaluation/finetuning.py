@@ -22,7 +22,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from infini_ds.evaluation.scoring import batches_by_length
 from infini_ds.training.progress import ProgressBar
-from infini_ds.training.randomness import seed_everything
 
 IMPROVEMENT = 0.001  # less than that over the best so far uses up patience; the pipeline's early_stopping_threshold
 MAX_NORM = 1.0  # of the gradient; the Trainer's default
@@ -100,8 +99,7 @@ def classifier_of(model: PreTrainedModel, classes: int) -> PreTrainedModel:
 
 
 def finetune(
-    model: PreTrainedModel,
-    classes: int,
+    classifier: PreTrainedModel,
     train: Examples,
     validation: Examples,
     settings: FineTuning,
@@ -109,16 +107,16 @@ def finetune(
     batch_tokens: int,
     progress: ProgressBar,
 ) -> dict[str, float]:
-    """Fine-tune a copy of `model`; returns the figures of its best evaluation, and the `step` they were found at.
+    """Fine-tune in place; returns the figures of the best evaluation on the way, and the `step` they were found at.
 
     The best is by F1 of two classes and by accuracy of more. As in the pipeline there is an evaluation every so many
     steps, and after the last step only where there was none before.
 
     Args:
+        seed: of the order of rows.
         batch_tokens: computed at a time, padding included; the result does not depend on it but for rounding.
     """
-    seed_everything(seed)
-    classifier = classifier_of(model, classes)
+    classes = classifier.config.num_labels
     optimizer = torch.optim.AdamW(classifier.parameters(), settings.learning_rate, weight_decay=0.0)
     total = steps_of(len(train.rows), settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)

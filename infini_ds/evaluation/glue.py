@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from infini_ds.evaluation import ranks
-from infini_ds.evaluation.finetuning import FineTuning, finetune, metrics, steps_of
+from infini_ds.evaluation.finetuning import FineTuning, classifier_of, finetune, metrics, steps_of
 from infini_ds.evaluation.glue_texts import Texts, load, sha256_of, thinned, tokenized
 from infini_ds.evaluation.scoring import context_length
 from infini_ds.evaluation.session import Session
 from infini_ds.evaluation.subject import Subject
 from infini_ds.training.progress import ProgressBar
+from infini_ds.training.randomness import seed_everything
 
 GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 
@@ -93,9 +94,11 @@ def fine_tuned(
             "where a task has two or more, the same in both; raise the limit, or mend the files"
         )
     examples = [tokenized(split, classes, subject.tokenizer, settings.max_length) for split in (train, validation)]
+    seed_everything(seed)  # of the head's weights, and of dropout
+    classifier = classifier_of(subject.model, len(classes))
     metric = TASKS.get(name, Task()).metric
     with ProgressBar(name, steps_of(len(train.texts), settings), shown=ranks.is_first()) as progress:
-        best = finetune(subject.model, len(classes), *examples, settings, seed, batch_tokens, progress)
+        best = finetune(classifier, *examples, settings, seed, batch_tokens, progress)
     labels = examples[1].labels
     majority = metrics(torch.full_like(labels, examples[0].labels.mode().values), labels, len(classes))
     sizes = {"train": len(train.texts), "validation": len(validation.texts), "classes": len(classes)}

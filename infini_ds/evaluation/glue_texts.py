@@ -46,9 +46,7 @@ def load(data: str, hub: str, name: str, split: str) -> Texts:
     """
     if data == HUB:
         if not hub:
-            raise ValueError(
-                f"--glue-tasks {name} is no task of the hub's: leave it out, or name its folder with --glue"
-            )
+            raise ValueError(f"--glue-tasks {name} is not on the hub: leave it out, or name its folder with --glue")
         return texts_of(f"{hub} {name} {split}", rows_of_hub(hub, name, split))
     if not Path(data).is_dir():
         raise ValueError(f"--glue {data}: there is no such folder; give one of JSON lines, or {HUB}")

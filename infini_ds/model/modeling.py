@@ -248,12 +248,12 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     def start(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        document_ids: Tensor | None,
-        cache: InfiniCache | None,
-        use_cache: bool | None,
-        use_memory: bool,
-        memory_of: Tensor | None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: InfiniCache | None = None,
+        use_cache: bool | None = None,
+        use_memory: bool = True,
+        memory_of: Tensor | None = None,
     ) -> Run:
         """Lay the tokens out and find the memory that they start from."""
         B, device = input_ids.shape[0], input_ids.device
@@ -545,7 +545,7 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
             TypeError: an argument that there is not; what transformers passes to all models is let through.
         """
         refuse_unknown(unknown)
-        run = self.transformer.start(input_ids, attention_mask, None, None, False, use_memory)
+        run = self.transformer.start(input_ids, attention_mask, use_memory=use_memory)
         B, T = input_ids.shape
         # Padding has no slot, so a row's tokens fill its slots from the first one on.
         last = input_ids.new_full((B,), T - 1) if attention_mask is None else attention_mask.bool().sum(1) - 1
