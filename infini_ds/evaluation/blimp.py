@@ -23,7 +23,7 @@ HUB = "nyu-mll/blimp"
 
 
 class Paradigm(NamedTuple):
-    """phenomenon: one of twelve that paradigms belong to. pairs: (good, bad) sentences."""
+    """phenomenon: the data's `linguistics_term`. pairs: (good, bad) sentences."""
 
     name: str
     phenomenon: str

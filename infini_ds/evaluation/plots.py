@@ -1,6 +1,7 @@
 """The pictures of reports and benchmarks."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -82,9 +83,9 @@ def memory_by_position(result: dict, file: Path) -> None:
         within.plot(range(1, len(places) + 1), places, color=color, linewidth=1.2)
     along.set(xlabel="position in the row (tokens)", ylabel="loss (nats a token)", title=f"by segment of {S} tokens")
     within.set(xlabel="place in the segment (tokens)", title="by place in a segment, the first segment left out")
-    along.legend()
+    figure.legend(loc="lower center", ncols=3)
     figure.suptitle(f"Loss by position, {result['rows']} rows", fontsize=12)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(file)
     plt.close(figure)
 
@@ -101,7 +102,7 @@ def recall(result: dict, file: Path) -> None:
         rows, columns, figsize=(4.2 * columns, 3.4 * rows + 0.6), squeeze=False, layout="constrained"
     )
     for axes, (name, task) in zip(panels.flat, tasks.items(), strict=False):
-        axes.set_title(name, fontsize=10)
+        axes.set_title(textwrap.fill(name.replace(",", ", "), 48), fontsize=10)
         if len({point["depth"] for point in task["points"]}) > 1:
             _by_depth(axes, task["points"])
             continue
@@ -153,7 +154,7 @@ def blimp(result: dict, file: Path) -> None:
                   color=ON, markersize=9)  # fmt: skip
         axes.text(1.01, at, f"{means[phenomenon]:.2f}", va="center", fontsize=9)
     axes.axvline(0.5, color=OFF, linewidth=1)
-    axes.text(0.5, len(names) - 0.4, "chance", color=OFF, ha="center", va="bottom", fontsize=9)
+    axes.text(0.5, len(names) - 0.2, "chance", color=OFF, ha="center", va="bottom", fontsize=9)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set(xlim=(0, 1), xlabel="accuracy (bar: mean of the phenomenon; mark: a paradigm)")
     axes.set_title(f"BLiMP: {result['accuracy']:.3f} over {len(result['paradigms'])} paradigms", pad=18)

@@ -30,7 +30,7 @@ def picture(tasks: dict, folder: Path) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table
 
 
@@ -83,6 +83,7 @@ def recall_table(result: dict) -> Table:
             answers = sum(point["answers"] for point in at)
             shown = [f"{mean:.3f}" for mean in means]
             table.add_row(name, f"{number}{deep}", str(answers), *shown, f"{task['chance']:.3g}")
+            name = ""  # once for each task
     return table
 
 
