@@ -7,7 +7,7 @@ from typing import Literal
 import xxhash
 
 from data_prep.options import PrepareOptions
-from data_prep.sources import ReadOptions, read_documents
+from data_prep.sources import Document, ReadOptions, read_documents
 
 Split = Literal["train", "validation"]
 
@@ -23,8 +23,8 @@ class Skipped:
     repaired: int = 0
 
 
-def texts(source: ReadOptions, skipped: Skipped) -> Iterator[str]:
-    """Texts of a source that have something in them; counts the others."""
+def documents(source: ReadOptions, skipped: Skipped) -> Iterator[Document]:
+    """Documents of a source that have something in them; counts the others."""
     for document in read_documents(source):
         skipped.repaired += document.repaired
         if document.text is None:
@@ -32,7 +32,7 @@ def texts(source: ReadOptions, skipped: Skipped) -> Iterator[str]:
         elif not document.text.strip():
             skipped.empty += 1
         else:
-            yield document.text
+            yield document
 
 
 def digest(text: str) -> int:
@@ -44,27 +44,27 @@ def validation_digests(options: PrepareOptions) -> frozenset[int] | None:
     """Digests of the validation documents; None where they are a share of the source, told by each text alone."""
     if not options.separate_validation:
         return None
-    return frozenset(map(digest, texts(options.validation, Skipped())))
+    return frozenset(digest(document.text) for document in documents(options.validation, Skipped()))
 
 
 def split_documents(
     options: PrepareOptions, held_out: frozenset[int] | None, skipped: Skipped
-) -> Iterator[tuple[Split, str]]:
+) -> Iterator[tuple[Split, Document]]:
     """Every document with its split, in the order of its source. `held_out`: what `validation_digests` gave."""
     if held_out is None:
         bound = options.validation_fraction * 2**64
-        for text in texts(options.training, skipped):
-            yield ("validation" if digest(text) < bound else "train"), text
+        for document in documents(options.training, skipped):
+            yield ("validation" if digest(document.text) < bound else "train"), document
         return
-    for text in texts(options.validation, skipped):
-        yield "validation", text
-    for text in texts(options.training, skipped):
-        if digest(text) in held_out:
+    for document in documents(options.validation, skipped):
+        yield "validation", document
+    for document in documents(options.training, skipped):
+        if digest(document.text) in held_out:
             skipped.duplicates += 1
         else:
-            yield "train", text
+            yield "train", document
 
 
 def training_texts(options: PrepareOptions, held_out: frozenset[int] | None) -> Iterator[str]:
     """Training documents alone, uncounted."""
-    return (text for split, text in split_documents(options, held_out, Skipped()) if split == "train")
+    return (document.text for split, document in split_documents(options, held_out, Skipped()) if split == "train")

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from data_prep.corpus import Split
 from data_prep.cutting import cut, may_cut
+from data_prep.sources import Document
 
 BATCH = 1 << 19  # characters that go to a process at once, at least
 
@@ -26,26 +27,30 @@ _start: np.ndarray
 
 
 class Piece(NamedTuple):
-    """A document or a part of one, `starts` where it is the first part."""
+    """A document or a part of one, `starts` where it is the first part. answers: as in `Document`, of the whole one;
+    a document that has some is not cut."""
 
     split: Split
     starts: bool
     text: str
+    answers: list[tuple[int, int]] | None
 
 
 class Encoded(NamedTuple):
-    """Token ids of a piece, the start token ahead of them where a document starts. bytes: of UTF-8 text."""
+    """Token ids of a piece, the start token ahead of them where a document starts. bytes: of UTF-8 text. learned: bool,
+    those that belong to an answer; None for all."""
 
     split: Split
     starts: bool
     ids: np.ndarray
     bytes: int
+    learned: np.ndarray | None
 
 
 def encode_documents(
-    documents: Iterable[tuple[Split, str]], tokenizer_json: Path, start_id: int, workers: int
+    documents: Iterable[tuple[Split, Document]], tokenizer_json: Path, start_id: int, workers: int
 ) -> Iterator[Encoded]:
-    """Encodes (split, text) pairs; results come in the order of the documents whatever `workers` is.
+    """Encodes (split, document) pairs; results come in the order of the documents whatever `workers` is.
 
     Raises ValueError where a process is killed from outside, as a machine short of memory does.
     """
@@ -66,10 +71,11 @@ def encode_documents(
             ) from error
 
 
-def pieces(documents: Iterable[tuple[Split, str]], cutting: bool) -> Iterator[Piece]:
-    for split, text in documents:
-        for index, part in enumerate(cut(text) if cutting else [text]):
-            yield Piece(split, index == 0, part)
+def pieces(documents: Iterable[tuple[Split, Document]], cutting: bool) -> Iterator[Piece]:
+    for split, document in documents:
+        whole = not cutting or document.answers is not None
+        for index, part in enumerate([document.text] if whole else cut(document.text)):
+            yield Piece(split, index == 0, part, document.answers)
 
 
 def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -86,8 +92,8 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def collect(batch: list[Piece], future: Future) -> Iterator[Encoded]:
-    for piece, (ids, size) in zip(batch, future.result(), strict=True):
-        yield Encoded(piece.split, piece.starts, ids, size)
+    for piece, (ids, size, learned) in zip(batch, future.result(), strict=True):
+        yield Encoded(piece.split, piece.starts, ids, size, learned)
 
 
 @contextmanager
@@ -107,7 +113,7 @@ def submit(pool: ProcessPoolExecutor, batch: list[Piece]) -> Future:
     block, and leaves the ending to this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(encode_batch, [(piece.starts, piece.text) for piece in batch])
+        return pool.submit(encode_batch, [(piece.starts, piece.text, piece.answers) for piece in batch])
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -130,11 +136,26 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_batch(batch: list[tuple[bool, str]]) -> list[tuple[np.ndarray, int]]:
-    """Runs in a tokenizing process: (starts, text) to (ids, bytes of text)."""
-    encodings = _tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+def encode_batch(
+    batch: list[tuple[bool, str, list[tuple[int, int]] | None]],
+) -> list[tuple[np.ndarray, int, np.ndarray | None]]:
+    """Runs in a tokenizing process: (starts, text, answers) to (ids, bytes of text, learned)."""
+    # The fast form keeps no offsets.
+    encode = _tokenizer.encode_batch if any(answers for *_, answers in batch) else _tokenizer.encode_batch_fast
+    encodings = encode([text for _, text, _ in batch], add_special_tokens=False)
     results = []
-    for (starts, text), encoding in zip(batch, encodings, strict=True):
+    for (starts, text, answers), encoding in zip(batch, encodings, strict=True):
         ids = np.array(encoding.ids, np.uint32)
-        results.append((np.concatenate((_start, ids)) if starts else ids, len(text.encode())))
+        learned = None if answers is None else within_answers(encoding.offsets, answers)
+        if starts:
+            ids = np.concatenate((_start, ids))
+            learned = None if learned is None else np.concatenate(([False], learned))
+        results.append((ids, len(text.encode()), learned))
     return results
+
+
+def within_answers(offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens have a character of an answer, by their place in the text."""
+    begin, end = np.array(offsets, np.int64).reshape(-1, 2).T[..., None]
+    first, last = np.array(answers, np.int64).reshape(-1, 2).T
+    return ((begin < last) & (first < end)).any(1)

@@ -28,7 +28,7 @@ def byte_count(text: str) -> int:
 class PrepareOptions:
     """Every option of `python -m data_prep`, under the same names.
 
-    source: "stdlib", "text:FOLDER", "jsonl:FILES", "parquet:FILES" or "hf:NAME"; what is trained on.
+    source: "stdlib", "text:FOLDER", "jsonl:FILES", "parquet:FILES", "hf:NAME" or "recall:TASKS"; what is trained on.
     out: folder to make.
     validation_source, validation_split: where validation documents come from. Without both, a share
         `validation_fraction` of the source's documents, picked by their text.
@@ -69,6 +69,16 @@ class PrepareOptions:
         return self.tokenizer == TRAIN_TOKENIZER
 
     @property
+    def words(self) -> tuple[str, ...] | None:
+        """Of a source that is made of few words, which the tokenizer then has as they are; None of any other."""
+        return find_source("--source", self.source)[0].words
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether not all tokens of the rows are to be predicted."""
+        return find_source("--source", self.source)[0].has_answers
+
+    @property
     def training(self) -> ReadOptions:
         """How the source is read."""
         return self._read("--source", self.source, self.split)
@@ -92,6 +102,11 @@ def check(options: PrepareOptions) -> None:
     if options.validation_source is not None:
         sources.append(find_source("--validation-source", options.validation_source)[0])
     check_splits(options, sources)
+    if options.trains_tokenizer and any(found.words != sources[0].words for found in sources):
+        raise ValueError(
+            f"--validation-source {options.validation_source}: its text and that of --source {options.source} have no "
+            "words in common; take the same kind of source for both, or name a --tokenizer"
+        )
     separator = options.document_separator
     if separator is not None:
         if not any(found.has_files_of_text for found in sources):
@@ -153,6 +168,6 @@ def shaping(options: PrepareOptions) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(options).items() if name not in NOT_SHAPING}
     if options.separate_validation:
         kept["validation_fraction"] = None
-    if not options.trains_tokenizer:
+    if not options.trains_tokenizer or options.words is not None:
         kept["vocab_size"] = kept["tokenizer_bytes"] = None
     return kept

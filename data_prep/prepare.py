@@ -20,7 +20,7 @@ from data_prep.options import PrepareOptions, check, shaping
 from data_prep.progress import Progress, show_progress
 from data_prep.rows import token_dtype
 from data_prep.shards import split_writer
-from data_prep.tokenizer import TokenizerFacts, load_tokenizer, save_tokenizer, train_tokenizer
+from data_prep.tokenizer import TokenizerFacts, load_tokenizer, save_tokenizer, train_tokenizer, word_tokenizer
 
 __all__ = ["Manifest", "PrepareOptions", "load_manifest", "prepare", "summary"]
 
@@ -94,7 +94,7 @@ def build(options: PrepareOptions, folder: Path, progress: Progress) -> Manifest
 
     progress.phase("starting to tokenize")
     skipped = Skipped()
-    shape = (options.sequence_length, tokenizer.vocab_size, tokenizer.pad_id, options.shard_bytes)
+    shape = (options.sequence_length, tokenizer.vocab_size, tokenizer.pad_id, options.shard_bytes, options.has_answers)
     with split_writer(folder / "train", *shape) as train, split_writer(folder / "validation", *shape) as validation:
         writers = {"train": train, "validation": validation}
         documents = split_documents(options, held_out, skipped)
@@ -130,6 +130,9 @@ def make_tokenizer(
     if not options.trains_tokenizer:
         progress.phase("loading the tokenizer")
         return save_tokenizer(load_tokenizer(options.tokenizer), folder, "loaded")
+    words = options.words
+    if words is not None:
+        return save_tokenizer(word_tokenizer(words), folder, "words")
     progress.phase("training the tokenizer")
     texts = training_texts(options, held_out)
     return save_tokenizer(train_tokenizer(texts, options.vocab_size, options.tokenizer_bytes), folder, "trained")

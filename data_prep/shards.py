@@ -30,7 +30,7 @@ class SplitWriter:
         self.counts.documents += piece.starts
         self.counts.tokens += len(piece.ids)
         self.counts.bytes += piece.bytes
-        self._write(self.packer.add(piece.ids, piece.starts))
+        self._write(self.packer.add(piece.ids, piece.starts, piece.learned))
 
     def finish(self) -> None:
         self._write(self.packer.finish())
@@ -44,20 +44,20 @@ class SplitWriter:
 
 @contextmanager
 def split_writer(
-    folder: Path, sequence_length: int, vocab_size: int, pad_id: int, shard_bytes: int
+    folder: Path, sequence_length: int, vocab_size: int, pad_id: int, shard_bytes: int, has_answers: bool
 ) -> Iterator[SplitWriter]:
     """A writer to `folder`. The index, without which the shards are nothing, is written where the block ends well."""
     from data_prep.mosaic import MDSWriter
 
     mds = MDSWriter(
-        columns=mds_columns(sequence_length, vocab_size),
+        columns=mds_columns(sequence_length, vocab_size, has_answers),
         out=str(folder),
         compression="zstd",
         hashes=["xxh64"],
         size_limit=shard_bytes,
         max_workers=1,  # of upload threads, which have nothing to do here
     )
-    writer = SplitWriter(Packer(sequence_length, vocab_size, pad_id), mds)
+    writer = SplitWriter(Packer(sequence_length, vocab_size, pad_id, has_answers), mds)
     try:
         yield writer
         writer.finish()

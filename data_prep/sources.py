@@ -17,13 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.recall import WORDS, documents, find_tasks
+
 
 class Document(NamedTuple):
-    """One text. `text` is None where it did not decode and is left out; `repaired` says bad UTF-8 became U+FFFD."""
+    """One text. `text` is None where it did not decode and is left out; `repaired` says bad UTF-8 became U+FFFD.
+    `answers`: begin and end of each part of the text that is to be learned; None for all of it."""
 
     name: str
     text: str | None
     repaired: bool = False
+    answers: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,26 @@ class Source(NamedTuple):
     read: Reader
     has_splits: bool
     has_files_of_text: bool
+    words: tuple[str, ...] | None
+    has_answers: bool
 
 
 SOURCES: dict[str, Source] = {}
 
 
-def source(form: str, has_splits: bool = False, has_files_of_text: bool = False) -> Callable[[Reader], Reader]:
+def source(
+    form: str,
+    has_splits: bool = False,
+    has_files_of_text: bool = False,
+    words: tuple[str, ...] | None = None,
+    has_answers: bool = False,
+) -> Callable[[Reader], Reader]:
     """Registers a reader under the word before the colon of `form`; `has_splits`: --split and --subset apply;
-    `has_files_of_text`: --document-separator does."""
+    `has_files_of_text`: --document-separator does; `words`: all that its texts are made of, where they are few;
+    `has_answers`: its documents say what of them is to be learned."""
 
     def register(read: Reader) -> Reader:
-        SOURCES[form.partition(":")[0]] = Source(form, read, has_splits, has_files_of_text)
+        SOURCES[form.partition(":")[0]] = Source(form, read, has_splits, has_files_of_text, words, has_answers)
         return read
 
     return register
@@ -248,6 +261,18 @@ def read_hf(name: str, options: ReadOptions) -> Iterator[Document]:
         raise options.error(f"`datasets` cannot load it with --split {options.split} ({first_line(error)})") from error
     for number, row in enumerate(rows):
         yield take_column(f"{name} {options.split} row {number}", row, options)
+
+
+@source("recall:TASKS", words=WORDS, has_answers=True)
+def read_recall(tasks: str, options: ReadOptions) -> Iterator[Document]:
+    """Examples that only a memory can answer, made on the spot: "TASK,option=value,...+TASK,..."."""
+    try:
+        found = find_tasks(tasks)
+    except ValueError as error:
+        raise options.error(str(error)) from None
+    for number, (task, example) in enumerate(documents(found)):
+        answers = example.spans if task.learn == "answers" else None
+        yield Document(f"recall example {number}", example.text, answers=answers)
 
 
 def first_line(error: BaseException) -> str:

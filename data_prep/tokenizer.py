@@ -27,8 +27,8 @@ PADDING = "<|pad|>"
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the rows and the manifest need to know. kind: "trained" or "loaded". vocab_size: highest id and one more.
-    start_id: first token of every document. sha256: of tokenizer.json."""
+    """What the rows and the manifest need to know. kind: "trained", "words" or "loaded". vocab_size: highest id and one
+    more. start_id: first token of every document. sha256: of tokenizer.json."""
 
     kind: str
     vocab_size: int
@@ -59,6 +59,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, byte_limit: int) -> "
             f"ask for {learned} or fewer, "
             "or give more text (--source, --tokenizer-bytes)"
         )
+    return wrap(tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, pad_token=PADDING)
+
+
+def word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """A token for each word, and the special tokens of `train_tokenizer`; white space divides a text into words."""
+    vocabulary = {word: number for number, word in enumerate((END_OF_TEXT, PADDING, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END_OF_TEXT))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return wrap(tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, pad_token=PADDING)
 
 

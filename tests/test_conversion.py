@@ -21,15 +21,26 @@ import sys
 for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "omegaconf"):
     sys.modules[name] = None  # as if it were not installed
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 folder, out = sys.argv[1:]
+# First, for transformers 4 then has not yet copied the code that another class of the folder may need.
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = torch.arange(1, 201).view(2, 100)
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)("import", max_new_tokens=40, do_sample=False)
 with torch.no_grad():
-    torch.save({"logits": model(ids).logits, "text": text[0]["generated_text"]}, out)
+    state = classifier.transformer(ids).last_hidden_state[:, -1]
+    assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
+    last = model.lm_head(state)
+    torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
 """
 
 
@@ -45,7 +56,7 @@ def test_export_holds_what_is_promised(exported):
     shards = list(exported.glob("model-*.safetensors"))
     assert len(shards) > 2 and (exported / "model.safetensors.index.json").exists()
     config = json.loads((exported / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
     assert config["segment_length"] == 32 and config["vocab_size"] == 512
     card = (exported / "README.md").read_text()
     validation = [line for line in read_metrics(exported.parent) if "validation/loss" in line][-1]
@@ -73,6 +84,7 @@ def test_export_alone_gives_the_engines_logits(exported, tmp_path):
     with torch.no_grad():
         logits = engine(torch.arange(1, 201).view(2, 100)).logits
     assert torch.equal(alone["logits"], logits)
+    assert torch.allclose(alone["last"], logits[:, -1], rtol=0, atol=1e-5)  # the classifier's body has the weights
     assert alone["text"].startswith("import") and len(alone["text"]) > 20
 
 

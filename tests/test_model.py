@@ -430,6 +430,58 @@ def test_the_memory_reaches_over_many_segments_and_local_attention_does_not():
     assert without[1:S].any() and not without[S:].any()
 
 
+@pytest.mark.parametrize("segments_per_block", [None, 1, 3])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("lengths", [(23, 23), (23, 9), (9, 23)])
+def test_a_row_that_reads_anothers_memory_is_its_segments_after_the_others_cache(lengths, rule, segments_per_block):
+    """Segment s of one row behind the other row's first s segments, one after the other: the obvious way."""
+    model = tiny_model(1, segment_length=4, memory_rule=rule, segments_per_block=segments_per_block)
+    (T, U), S = lengths, 4
+    one, other = random_ids(1, T, 1), random_ids(1, U, 2)
+    with torch.no_grad():
+        expected = []
+        for start in range(0, T, S):
+            before = other[:, :start]
+            cache = model(before, use_cache=True).past_key_values if start else None
+            if cache is not None:  # where the other row has ended inside a segment, that has to be closed
+                for state, closed in zip(cache.layer_states, model(before).memory, strict=True):
+                    state.memory = closed
+                cache.documents.fill_(-1)
+                cache.held.fill_(0)
+                cache.room = S
+            expected.append(model(one[:, start : start + S], past_key_values=cache).logits)
+        ids = torch.zeros(2, max(lengths), dtype=torch.long)
+        ids[0, :T], ids[1, :U] = one, other
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        out = model(ids, mask.long(), memory_of=torch.tensor([1, 1]))
+        alone = model(other).logits
+    assert_close(out.logits[:1, :T], torch.cat(expected, dim=1), **exact)
+    assert_close(out.logits[1:, :U], alone, **exact)
+    if T == U:
+        assert_close(model(ids, memory_of=torch.tensor([1, 1])).logits, out.logits, **exact)
+    assert not torch.allclose(out.logits[0, S:T], model(one).logits[0, S:])
+
+
+@given(batches())
+@few
+def test_reading_ones_own_memory_is_the_plain_model(batch):
+    model, ids, mask, documents = batch
+    with torch.no_grad():
+        plain = model(ids, mask, documents)
+        own = model(ids, mask, documents, memory_of=torch.arange(len(ids)))
+    assert torch.equal(own.logits, plain.logits)
+
+
+def test_nothing_is_read_where_the_other_row_has_written_nothing():
+    model = tiny_model(2, segment_length=4)
+    ids = random_ids(2, 12, 3)
+    mask = torch.tensor([[1] * 12, [0] * 12])
+    with torch.no_grad():
+        out = model(ids, mask, memory_of=torch.tensor([1, 1])).logits[0]
+        off = model(ids[:1], use_memory=False).logits[0]
+    assert_close(out, off, **exact)
+
+
 def test_a_layers_window_ends_inside_its_segment():
     fields = {"num_layers": 1, "attention_types": [[["local"], 1]], "window_size": 3, "segment_length": 8}
     changed = influence(tiny_model(**fields), random_ids(1, 8), 2)

@@ -35,6 +35,8 @@ def write_folder(
     InfiniGPTNeoConfig.register_for_auto_class()
     InfiniGPTNeoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     config = model.config
+    # `save_pretrained` adds the model's own class to these.
+    config.auto_map = {"AutoModelForSequenceClassification": "modeling.InfiniGPTNeoForSequenceClassification"}
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,

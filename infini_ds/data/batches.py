@@ -17,7 +17,8 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """Rows as `ShardDataset` gives them -> `input_ids`, `document_ids`, `attention_mask` and `labels`, all (B, T), and
     `row_numbers` (B,), all int64.
 
-    Documents are numbered from 0 in each row; padding has mask 0, label -100 and the number of the last document.
+    Documents are numbered from 0 in each row; padding has mask 0, label -100 and the number of the last document. Where
+    a row says which of its tokens are to be learned, the others have label -100 too.
     """
     rows = [decode_row(sample) for sample in samples]
     input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
@@ -30,11 +31,15 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         numbers.append(torch.cat([number, number[-1:].expand(padding)]))
         masks.append(torch.arange(T) < len(number))
     attention_mask = torch.stack(masks)
+    labels = input_ids.masked_fill(~attention_mask, IGNORED)
+    if any(row.learned is not None for row in rows):
+        learned = [np.ones(T, bool) if row.learned is None else row.learned for row in rows]
+        labels = labels.masked_fill(~torch.from_numpy(np.stack(learned)), IGNORED)
     return {
         "input_ids": input_ids,
         "document_ids": torch.stack(numbers),
         "attention_mask": attention_mask.long(),
-        "labels": input_ids.masked_fill(~attention_mask, IGNORED),
+        "labels": labels,
         "row_numbers": torch.tensor([int(sample["row"]) for sample in samples]),
     }
 

@@ -172,6 +172,20 @@ class ValidationRows:
             self._ready.add(shard)
         return self._dataset[row]
 
+    def documents(self, start_id: int) -> list[tuple[int, int]]:
+        """(first, last) document of each row, numbered over all sources: two rows share one where these overlap. Reads
+        all rows. `start_id`: the token that documents begin with.
+        """
+        spans, last = [(0, 0)] * len(self), -1
+        begins = set(np.cumsum([0, *self._dataset.samples_per_stream]).tolist())  # rows that a source begins with
+        for number in np.argsort(self._order, kind="stable").tolist():  # one source after the other
+            row = self[number]
+            goes_on = int(row["input_ids"][0]) != start_id and int(self._order[number]) not in begins
+            first = last if goes_on else last + 1
+            last = first + len(row["document_lengths"]) - 1
+            spans[number] = (first, last)
+        return spans
+
     def batches(self, rows: int, limit: int | None, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
         """Batches of up to `rows` of this rank's share of the first `limit` rows (None: all)."""
         mine = range(rank, min(limit or len(self), len(self)), world_size)

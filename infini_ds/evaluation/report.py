@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
-from infini_ds.data.sources import Source, find_sources
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import plots
 from infini_ds.evaluation.generation import bound_prompts, prompt_ids
+from infini_ds.evaluation.position import binned, sources_of
 from infini_ds.training.marks import read_mark
 from infini_ds.training.metrics import read_metrics
 from infini_ds.training.progress import ProgressBar
@@ -50,7 +49,7 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     Raises:
         ValueError: a folder is missing or unfinished.
     """
-    sources = _sources(run)
+    sources = sources_of(run)
     metrics = read_metrics(run)
     trained = [line for line in metrics if "speed/tokens_per_s" in line]
     if not trained:
@@ -90,13 +89,6 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     )
 
 
-def _sources(run: Path) -> list[Source]:
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run} is no run: it holds no recipe.yaml")
-    data = OmegaConf.load(run / "recipe.yaml").data
-    return find_sources(data.path, data.streams, data.cache)
-
-
 def sample_text(model, tokenizer, validation: ValidationRows) -> tuple[str, str]:
     """The start of the first validation document, and how the model goes on (seeded)."""
     ids = validation[0]["input_ids"][1 : PROMPT_TOKENS + 1].tolist()
@@ -107,26 +99,14 @@ def sample_text(model, tokenizer, validation: ValidationRows) -> tuple[str, str]
     return prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def by_position(losses: PositionLosses, segment_length: int) -> tuple[list[float], list[float]]:
-    """Mean loss in bins of whole segments: (the middles of the bins, the losses)."""
-    T = len(losses.loss) + 1
-    segments = -(-T // segment_length)
-    width = segment_length * -(-segments // BINS)
-    middles, means = [], []
-    for first in range(0, T - 1, width):
-        count = losses.count[first : first + width].sum()
-        if count:
-            middles.append(first + min(width, T - 1 - first) / 2)
-            means.append((losses.loss[first : first + width].sum() / count).item())
-    return middles, means
-
-
 def write(report: Report) -> Path:
     """Write `report.md` and its pictures into the run's folder; returns the file."""
     run = report.run
     plots.loss_curves(report.metrics, run / "loss.png")
-    middles, on = by_position(report.on, report.segment_length)
-    _, off = by_position(report.off, report.segment_length)
+    segments = -(-(len(report.on.loss) + 1) // report.segment_length)
+    width = report.segment_length * -(-segments // BINS)
+    middles, on = binned(report.on, width)
+    _, off = binned(report.off, width)
     plots.loss_by_position(middles, on, off, report.segment_length, run / "loss_by_position.png")
     plots.gates(report.metrics, run / "gates.png")
     rows = [

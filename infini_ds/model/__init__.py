@@ -1,14 +1,22 @@
 """Infini-GPT-Neo as a Hugging Face model. Imports torch and transformers only: an export carries these files."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
 from .memory import MemoryState
-from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
+from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification, InfiniGPTNeoModel
 
-__all__ = ["InfiniCache", "InfiniGPTNeoConfig", "InfiniGPTNeoForCausalLM", "InfiniGPTNeoModel", "MemoryState"]
+__all__ = [
+    "InfiniCache",
+    "InfiniGPTNeoConfig",
+    "InfiniGPTNeoForCausalLM",
+    "InfiniGPTNeoForSequenceClassification",
+    "InfiniGPTNeoModel",
+    "MemoryState",
+]
 
 AutoConfig.register(InfiniGPTNeoConfig.model_type, InfiniGPTNeoConfig)
 AutoModel.register(InfiniGPTNeoConfig, InfiniGPTNeoModel)
 AutoModelForCausalLM.register(InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM)
+AutoModelForSequenceClassification.register(InfiniGPTNeoConfig, InfiniGPTNeoForSequenceClassification)

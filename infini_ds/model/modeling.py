@@ -3,7 +3,7 @@
 Parameter names are GPT-Neo's own, and each layer has one gate `beta` a head. The sequence is computed in blocks of
 segments: within a block all segments at once, from block to block only the memory passes on.
 
-Shapes: B batch, T tokens, E width, H heads, D head size, N segments, S slots in a segment, V vocabulary.
+Shapes: B batch, T tokens, E width, H heads, D head size, N segments, S slots in a segment, V vocabulary, C labels.
 """
 
 from collections.abc import Callable
@@ -48,6 +48,15 @@ class InfiniCausalLMOutput(ModelOutput):
     memory: tuple[MemoryState, ...] | None = None
 
 
+@dataclass
+class InfiniSequenceClassifierOutput(ModelOutput):
+    """`memory`: each layer's state after the last segment, as (M, z) pairs."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    memory: tuple[MemoryState, ...] | None = None
+
+
 class InfiniAttention(nn.Module):
     """Local attention and the memory, blended by a gate for each head."""
 
@@ -89,6 +98,8 @@ class InfiniAttention(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             memory = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
             before = MemoryState(memory.M[:, :-1], memory.z[:, :-1])
+            if grid.memory_of is not None:
+                before = MemoryState(*(x[grid.memory_of] for x in before))
             # Cloned: a view would keep the states of all of the block's segments for as long as this one is kept.
             state = MemoryState(memory.M[:, -1].clone(), memory.z[:, -1].clone())
             out = blend(local, retrieve(q, before), self.beta, grid.read)
@@ -224,11 +235,12 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         past_key_values: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
+        memory_of: Tensor | None = None,
         **unknown,
     ) -> InfiniModelOutput:
         """Hidden states of all tokens; arguments as in `InfiniGPTNeoForCausalLM.forward`."""
         refuse_unknown(unknown)
-        run = self.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory)
+        run = self.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of)
         hidden, memory = self.run(input_ids, run, head=lambda hidden, slots: hidden)
         hidden = run.grid.collect(torch.cat(hidden, dim=1), input_ids.shape[1])
         return InfiniModelOutput(last_hidden_state=hidden, past_key_values=run.cache, memory=memory)
@@ -236,11 +248,12 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     def start(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        document_ids: Tensor | None,
-        cache: InfiniCache | None,
-        use_cache: bool | None,
-        use_memory: bool,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: InfiniCache | None = None,
+        use_cache: bool | None = None,
+        use_memory: bool = True,
+        memory_of: Tensor | None = None,
     ) -> Run:
         """Lay the tokens out and find the memory that they start from."""
         B, device = input_ids.shape[0], input_ids.device
@@ -259,6 +272,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             states = tuple(layer.memory for layer in cache.layer_states)
         if not use_memory:
             grid = replace(grid, read=torch.zeros_like(grid.read))
+        if memory_of is not None:
+            grid = grid.reading_from(memory_of)
         return Run(grid, states, cache, still_open)
 
     def run(
@@ -378,6 +393,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         past_key_values: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
+        memory_of: Tensor | None = None,
         loss_reduction: str = "mean",
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int = 0,
@@ -395,6 +411,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
                 these alone, or of all since the start.
             use_cache: return a cache. None: only if one is given.
             use_memory: False switches the memory off: local attention alone, whatever the gates.
+            memory_of: (B,) the row whose memory each row reads, as it is before the same segment; None: its own. All
+                else stays with the row: its local attention, and what it writes to its own memory.
             loss_reduction: "mean" over the labels that count, "sum", or "none": (B, T - 1) losses of the next token.
             num_items_in_batch: the mean's denominator, where these rows are only a part of a batch.
             logits_to_keep: logits of the last so many positions only; 0 for all.
@@ -409,7 +427,9 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
             raise ValueError(f"loss_reduction={loss_reduction!r} is not one of mean, sum, none")
         if return_logits is None:
             return_logits = labels is None or not self.training
-        run = self.transformer.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory)
+        run = self.transformer.start(
+            input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of
+        )
         grid, T = run.grid, input_ids.shape[1]
         if labels is not None:
             targets = grid.next_tokens(labels, IGNORED)
@@ -481,3 +501,64 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
             "use_memory": kwargs.get("use_memory", True),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
+
+
+class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
+    """The last token's hidden state times `score`, as in GPT-Neo. It has read all earlier segments in the memory."""
+
+    _keys_to_ignore_on_load_unexpected = [
+        *InfiniGPTNeoPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"lm_head\.weight$",  # of the language model that this one starts from
+    ]
+
+    def __init__(self, config: InfiniGPTNeoConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = InfiniGPTNeoModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_memory: bool = True,
+        num_items_in_batch: Tensor | int | None = None,
+        **unknown,
+    ) -> InfiniSequenceClassifierOutput:
+        """
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 for padding, wherever it stands. It alone says what is padding: without it all
+                tokens count, whatever their id. A row of padding alone gets logits of 0.
+            labels: what `config.problem_type` says, and if that is None, their number and type do: (B,) numbers
+                ("regression", C = 1), (B,) integers ("single_label_classification", -100 counts for nothing), or
+                (B, C) numbers from 0 to 1 ("multi_label_classification").
+            use_memory: False switches the memory off: local attention alone, whatever the gates.
+            num_items_in_batch: the mean's denominator of single labels, where these rows are only a part of a batch.
+
+        Returns:
+            `logits` (B, C), and the mean `loss` if there are labels.
+
+        Raises:
+            TypeError: an argument that there is not; what transformers passes to all models is let through.
+        """
+        refuse_unknown(unknown)
+        run = self.transformer.start(input_ids, attention_mask, use_memory=use_memory)
+        B, T = input_ids.shape
+        # Padding has no slot, so a row's tokens fill its slots from the first one on.
+        last = input_ids.new_full((B,), T - 1) if attention_mask is None else attention_mask.bool().sum(1) - 1
+
+        def head(hidden: Tensor, slots: slice) -> Tensor:
+            """(B, slots of the block, E) -> (B, E): the last token's state, 0 where it is in another block."""
+            places = torch.arange(slots.start, slots.stop, device=hidden.device)
+            return (hidden * (places == last[:, None])[..., None]).sum(1)
+
+        states, memory = self.transformer.run(input_ids, run, head)
+        logits = self.score(torch.stack(states).sum(0))
+        loss = None
+        if labels is not None:
+            of_parts = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **of_parts)
+        return InfiniSequenceClassifierOutput(loss=loss, logits=logits, memory=memory)

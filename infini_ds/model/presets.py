@@ -17,6 +17,16 @@ PRESETS: dict[str, dict] = {
         "num_heads": 4,
         "intermediate_size": 1024,
         "max_position_embeddings": 512,
+        "position_embedding": "rotary",
+    },
+    # The same made small enough for a CPU: layers, heads and the ratio of the inner width are kept.
+    "study-tiny": {
+        "hidden_size": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 512,
+        "position_embedding": "rotary",
     },
     "33m": {"hidden_size": 768, "num_layers": 4, "num_heads": 16},
     "125m": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},

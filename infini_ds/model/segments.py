@@ -28,6 +28,7 @@ class SegmentGrid:
         packed: a row may hold several documents. If not, causal attention is all that slots need: tokens fill them from
             the first one on, and those behind the last token are seen by no token.
         step: only the tokens given are computed, not all slots; N is 1 and the other slots come from a cache.
+        memory_of: (B,) the row whose memory each row reads. None: its own.
     """
 
     N: int
@@ -40,6 +41,7 @@ class SegmentGrid:
     from_cache: Tensor | None = None
     packed: bool = False
     step: bool = False
+    memory_of: Tensor | None = None
 
     def place(self, values: Tensor, empty: int) -> Tensor:
         """(B, T) values of the tokens given -> (B, N * S) in their slots, `empty` elsewhere."""
@@ -56,6 +58,13 @@ class SegmentGrid:
         if self.from_cache is not None:  # tokens that came before are not computed again
             following[:, : self.S].masked_fill_(self.from_cache, ignored)
         return following
+
+    def reading_from(self, memory_of: Tensor) -> "SegmentGrid":
+        """The grid whose rows read the memories of the rows `memory_of` (B,), where anything has been written there."""
+        if self.held is None:  # all rows are alike
+            return replace(self, memory_of=memory_of)
+        written = self.held[memory_of, :-1, None] != EMPTY
+        return replace(self, read=self.read & written, memory_of=memory_of)
 
     def collect(self, grid: Tensor, T: int) -> Tensor:
         """(B, N * S, …) -> (B, T, …) in the order that the tokens were given in; padding gets 0."""

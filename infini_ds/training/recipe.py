@@ -158,16 +158,33 @@ def load_recipe(path: str | Path | None, overrides: list[str] = ()) -> Recipe:
     Raises:
         ValueError: no such file, an unknown key (the nearest known one is named), or a value that cannot be.
     """
-    schema = OmegaConf.structured(Recipe)
+    recipe = load_keys(Recipe, path, overrides, "--config", "launch/recipes", free=("model.config.",))
+    check(recipe)
+    return recipe
+
+
+def load_keys(
+    kind: type, path: str | Path | None, overrides: list[str], option: str, shipped: str, free: tuple[str, ...] = ()
+) -> Any:
+    """An object of the dataclass `kind`: its defaults, then a YAML file, then `key=value` overrides.
+
+    Args:
+        option: what names the file on the command line.
+        shipped: folder of the project's own such files, to name where there is no such file.
+        free: beginnings of keys below which any key is allowed.
+    Raises:
+        ValueError: as `load_recipe`.
+    """
+    schema = OmegaConf.structured(kind)
     layers = []
     if path is not None:
         if not Path(path).is_file():
-            known = ", ".join(sorted(str(p) for p in Path("launch/recipes").glob("*.yaml")))
-            raise ValueError(f"--config {path}: there is no such file" + (f"; there are {known}" if known else ""))
+            known = ", ".join(sorted(str(p) for p in Path(shipped).glob("*.yaml")))
+            raise ValueError(f"{option} {path}: there is no such file" + (f"; there are {known}" if known else ""))
         try:
             layers.append((str(path), OmegaConf.load(path)))
         except Exception as error:  # yaml's own errors are of many kinds
-            raise ValueError(f"--config {path} is not YAML that can be read: {error}") from error
+            raise ValueError(f"{option} {path} is not YAML that can be read: {error}") from error
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -179,24 +196,22 @@ def load_recipe(path: str | Path | None, overrides: list[str] = ()) -> Recipe:
     for origin, layer in layers:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{origin} holds a list, not keys and values")
-        _check_keys(layer, schema, origin)
+        _check_keys(layer, schema, origin, kind, free)
         try:
             schema = OmegaConf.merge(schema, layer)
         except OmegaConfBaseException as error:
             reason = str(error.msg if getattr(error, "msg", None) else error).splitlines()[0]
             raise ValueError(f"{error.full_key} in {origin}: {reason}") from error
-    recipe = OmegaConf.to_object(schema)
-    check(recipe)
-    return recipe
+    return OmegaConf.to_object(schema)
 
 
-def _check_keys(given, known, origin: str, prefix: str = "") -> None:
+def _check_keys(given, known, origin: str, kind: type, free: tuple[str, ...], prefix: str = "") -> None:
     for key, value in given.items():
         name = f"{prefix}{key}"
-        if name.startswith("model.config."):
-            continue  # fields of the model's configuration, which it checks itself
+        if name.startswith(free):
+            continue  # what is allowed there is checked where it is used
         if key not in known:
-            names = _leaves(OmegaConf.structured(Recipe))
+            names = _leaves(OmegaConf.structured(kind))
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             near = near or [full for full in names if full.split(".")[-1] == str(key).split(".")[-1]]
             hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(str(k) for k in known)}"
@@ -209,7 +224,7 @@ def _check_keys(given, known, origin: str, prefix: str = "") -> None:
             )
             raise ValueError(f"{name} in {origin} has to be {form}")
         if OmegaConf.is_dict(value):
-            _check_keys(value, known[key], origin, f"{name}.")
+            _check_keys(value, known[key], origin, kind, free, f"{name}.")
 
 
 def _leaves(node, prefix: str = "") -> list[str]:

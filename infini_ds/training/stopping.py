@@ -18,7 +18,7 @@ import psutil
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 STOPPED_EARLY = os.EX_TEMPFAIL  # 75, the exit code of a run that has saved and is to be started again
 LAUNCHER_GONE = 255  # in place of a signal's number
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "hold.py", "quickstart.py")
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "hold.py", "quickstart.py", "study.py")
 # For that process, of the shared memory that a rank which dies leaves: the next start of the run removes it.
 NO_LIST = "ignore::UserWarning:multiprocessing.resource_tracker"
 SAME_KEY = 1.0  # seconds in which two SIGINT are one Ctrl-C, which the terminal and a launcher passed on

@@ -1,0 +1,1 @@
+"""The study: grids of runs, their evaluation, and one report with its figures."""
