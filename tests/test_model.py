@@ -187,28 +187,21 @@ def test_checkpointing_keeps_ids_and_boundary_states_alone():
     H, D, L = model.config.num_heads, model.config.head_dim, model.config.num_layers
     block = S * G
     growth = (saved_bytes(model, 9 * block) - saved_bytes(model, 5 * block)) / 4
-    # What autograd itself keeps of the few tensors between the blocks is small beside a block's activations.
     states = B * L * H * (D * D + D) * 8
     tokens = B * block * 8
-    assert growth <= 3 * states + 4 * tokens
+    assert states <= growth <= states + 2 * tokens
     model.gradient_checkpointing_disable()
     activations = (saved_bytes(model, 9 * block) - saved_bytes(model, 5 * block)) / 4
     assert activations > B * L * block * 512 * 8
     assert activations > 50 * growth
 
 
-def test_layers_and_states_are_kept_where_the_options_say():
-    S, G, B = 8, 4, 2
+def test_layers_are_recomputed_where_the_option_says():
+    S, G = 8, 4
     model = tiny_model(segment_length=S, segments_per_block=G, window_size=4, intermediate_size=512).train()
     all_kept = saved_bytes(model, 8 * S * G)
     model.config.checkpoint_layers = True
     assert saved_bytes(model, 8 * S * G) < all_kept / 10
-    model.config.checkpoint_layers = False
-    model.gradient_checkpointing_enable()
-    states_kept = saved_bytes(model, 8 * S * G)
-    model.config.offload_states = True  # the hooks that take them to the CPU stand before those that count
-    H, D, L = model.config.num_heads, model.config.head_dim, model.config.num_layers
-    assert saved_bytes(model, 8 * S * G) <= states_kept - 7 * B * L * H * (D * D + D) * 8
 
 
 def test_checkpointing_holds_what_lives_to_a_few_boundary_states():
@@ -231,8 +224,7 @@ def test_checkpointing_holds_what_lives_to_a_few_boundary_states():
         costs.append(sum(size for place, size in storages().items() if place not in before))
         del loss
     states, tokens = B * L * H * (D * D + D) * 8, B * S * G * 8
-    per_block = states + 2 * tokens + torch.get_rng_state().nbytes  # ids and targets; checkpoint keeps a random state
-    assert (costs[1] - costs[0]) / 8 <= per_block + 64
+    assert (costs[1] - costs[0]) / 8 <= states + 2 * tokens + 64  # ids and targets; 64 for the block's loss
 
 
 @pytest.mark.timeout(600)

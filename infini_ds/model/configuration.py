@@ -70,6 +70,10 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    @property
+    def has_dropout(self) -> bool:
+        return bool(self.resid_dropout or self.embed_dropout or self.attention_dropout)
+
     def _check(self):
         if self.segment_length < 1:
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")

@@ -3,10 +3,6 @@
 Shapes: R rows (tokens), E width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,18 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label that counts for nothing, as everywhere in Hugging Face's models
 LOGITS = 2**24  # numbers of a chunk's logits: 64 MiB in fp32, and products large enough for full speed
-
-_value_only: ContextVar[bool] = ContextVar("_value_only", default=False)
-
-
-@contextmanager
-def value_only() -> Iterator[None]:
-    """Losses taken inside have no gradient yet: for the first pass of a checkpoint, which is computed again."""
-    token = _value_only.set(True)
-    try:
-        yield
-    finally:
-        _value_only.reset(token)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -51,10 +35,12 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     The gradients are computed along with the value, chunk by chunk, while the chunk's logits exist: three products in
     all, where recomputing logits in the backward pass takes four. `F.linear_cross_entropy` of torch 2.13 does this too,
-    but sums in the precision of its input, which is 1% wrong in bf16, and cannot leave the gradients out in the first
-    pass of a checkpoint.
+    but sums in the precision of its input, which is 1% wrong in bf16.
     """
-    return _SummedLoss.apply(hidden, weight, targets)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _SummedLoss.apply(hidden, weight, targets)
+    chunks = zip(*(x.split(_chunk_rows(weight)) for x in (hidden, targets)), strict=True)
+    return torch.stack([_log_softmax_and_losses(F.linear(h, weight), t)[1].sum() for h, t in chunks]).sum()
 
 
 def _chunk_rows(weight: Tensor) -> int:
@@ -77,12 +63,6 @@ class _SummedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-            if _value_only.get() or not any(ctx.needs_input_grad):
-                for rows, t in zip(h.split(_chunk_rows(w)), targets.split(_chunk_rows(w)), strict=True):
-                    total += _log_softmax_and_losses(rows @ w.t(), t)[1].sum()
-                # The first pass of a checkpoint has to save what the second does, in number and shape.
-                ctx.save_for_backward(*(x.new_empty(()).expand(x.shape) for x in (hidden, weight)))
-                return total
             grad_hidden = torch.empty_like(h)
             grad_weight = torch.zeros_like(w, dtype=total.dtype)
             parts = (x.split(_chunk_rows(w)) for x in (h, targets, grad_hidden))

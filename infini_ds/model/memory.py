@@ -113,8 +113,8 @@ def _prefix_sums(old: Tensor, new: Tensor, document_held: Tensor | None) -> Tens
     would grow with N squared. What is carried on is added apart, so that it stays exact where products are in TF32.
     """
     sums, trailing = [old.unsqueeze(1).to(new.dtype)], (1,) * (new.dim() - 2)
-    for first in range(0, new.shape[1], TRIANGLE):
-        terms, carried = new[:, first : first + TRIANGLE], sums[-1][:, -1:]
+    for index, terms in enumerate(new.split(TRIANGLE, dim=1)):
+        first, carried = index * TRIANGLE, sums[-1][:, -1:]
         if document_held is None:
             part = terms.new_ones(1, terms.shape[1], terms.shape[1]).tril()
         else:

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens, E width, H heads, D head size, N segments, S slots in
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -15,7 +14,6 @@ from itertools import chain
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -24,8 +22,9 @@ from transformers.modeling_outputs import ModelOutput
 from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
 from .local_attention import document_mask, local_attention, rotary_angles, rotate
-from .loss import IGNORED, summed_loss, token_losses, value_only
+from .loss import IGNORED, summed_loss, token_losses
 from .memory import MemoryState, blend, retrieve, update
+from .recompute import recomputed
 from .segments import SegmentGrid, lay_out, lay_out_after
 
 
@@ -97,11 +96,12 @@ class InfiniAttention(nn.Module):
         # Outside of autocast: the memory keeps fp32 whatever the precision of the layer.
         with torch.autocast(hidden.device.type, enabled=False):
             memory = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
-            before = MemoryState(memory.M[:, :-1], memory.z[:, :-1])
+            # Split: the backward pass of two slices would fill and add two tensors of the whole size.
+            before, after = map(MemoryState._make, zip(*(x.split([grid.N, 1], dim=1) for x in memory), strict=True))
             if grid.memory_of is not None:
                 before = MemoryState(*(x[grid.memory_of] for x in before))
             # Cloned: a view would keep the states of all of the block's segments for as long as this one is kept.
-            state = MemoryState(memory.M[:, -1].clone(), memory.z[:, -1].clone())
+            state = MemoryState(after.M[:, 0].clone(), after.z[:, 0].clone())
             out = blend(local, retrieve(q, before), self.beta, grid.read)
         out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
         return self.dropout(out), state, (k, v)
@@ -189,11 +189,6 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.beta, self.config.gate_init)
 
 
-def _checkpoint(compute: Callable, config: InfiniGPTNeoConfig, *args, **options):
-    draws = config.resid_dropout or config.embed_dropout or config.attention_dropout  # random numbers to draw again
-    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=bool(draws), **options)
-
-
 @dataclass(frozen=True)
 class Run:
     """What a forward pass starts from: the grid of its tokens, each layer's memory, and the cache to go on with.
@@ -241,8 +236,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         """Hidden states of all tokens; arguments as in `InfiniGPTNeoForCausalLM.forward`."""
         refuse_unknown(unknown)
         run = self.start(input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of)
-        hidden, memory = self.run(input_ids, run, head=lambda hidden, slots: hidden)
-        hidden = run.grid.collect(torch.cat(hidden, dim=1), input_ids.shape[1])
+        outputs, memory = self.run(input_ids, run, head=lambda hidden, slots: (hidden,), owner=self)
+        hidden = run.grid.collect(torch.cat([hidden for (hidden,) in outputs], dim=1), input_ids.shape[1])
         return InfiniModelOutput(last_hidden_state=hidden, past_key_values=run.cache, memory=memory)
 
     def start(
@@ -277,58 +272,49 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         return Run(grid, states, cache, still_open)
 
     def run(
-        self, input_ids: Tensor, run: Run, head: Callable[[Tensor, slice], object]
-    ) -> tuple[list, tuple[MemoryState, ...]]:
+        self, input_ids: Tensor, run: Run, head: Callable[[Tensor, slice], tuple[Tensor | None, ...]], owner: nn.Module
+    ) -> tuple[list[tuple[Tensor | None, ...]], tuple[MemoryState, ...]]:
         """The block schedule: `head(hidden, slots)` of each block of segments, one block after the other.
 
-        `hidden` is (B, slots of the block, E) after the last norm and `slots` their place in the row's N * S slots.
-        With gradient checkpointing a block, head included, keeps nothing for the backward pass but its token ids and
-        the memory before it (on the CPU with `offload_states`). Gradients flow through the memory from block to block,
-        exact whatever the block size, unless `truncate_blocks` cuts them.
+        `hidden` is (B, slots of the block, E) after the last norm, `slots` their place in the row's N * S slots, and
+        `owner` the module that holds all parameters in use. With gradient checkpointing a block, head included, keeps
+        nothing for the backward pass but the memory before it (on the CPU with `offload_states`). Gradients flow
+        through the memory from block to block, exact whatever the block size, unless `truncate_blocks` cuts them.
 
         Returns:
             What the head returned for each block, and each layer's memory after the last block.
         """
-        grid, cache = run.grid, run.cache
+        grid, cache, config = run.grid, run.cache, self.config
         ids = input_ids if grid.step else grid.place(input_ids, 0)
+        blocks = list(grid.blocks(config.segments_per_block))
 
-        def compute(ids: Tensor, states: tuple[MemoryState, ...], block: SegmentGrid, slots: slice):
+        def compute(index: int, flat: tuple[Tensor, ...]):
+            first, block = blocks[index]
+            if config.truncate_blocks and index and index % config.truncate_blocks == 0:
+                flat = [x.detach() for x in flat]
+            # In a step `ids` are the tokens given, which with their padding may be more than a segment.
+            slots = slice(first * grid.S, ids.shape[1] if grid.step else (first + block.N) * grid.S)
             cached = [None] * len(self.h) if block.from_cache is None else cache.layer_states
-            hidden, states, keys_values = self.block(ids, states, block, cached)
+            states = tuple(map(MemoryState, flat[::2], flat[1::2]))
+            hidden, states, keys_values = self.block(ids[:, slots], states, block, cached)
             if cache is not None:
-                cache.keep_open(keys_values, run.still_open - slots.start // grid.S)
-            return head(hidden, slots), states
+                cache.keep_open(keys_values, run.still_open - first)
+            return head(hidden, slots), tuple(chain(*states))
 
+        flat = tuple(chain(*run.states))
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("use_cache=True is not possible while training with gradient checkpointing")
-            compute = self._checkpointed(compute, input_ids.device)
-        outputs, states = [], run.states
-        for index, (first, block) in enumerate(grid.blocks(self.config.segments_per_block)):
-            if self.config.truncate_blocks and index and index % self.config.truncate_blocks == 0:
-                states = tuple(MemoryState(*(x.detach() for x in state)) for state in states)
-            # In a step `ids` are the tokens given, which with their padding may be more than a segment.
-            slots = slice(first * grid.S, ids.shape[1] if grid.step else (first + block.N) * grid.S)
-            output, states = compute(ids[:, slots], states, block, slots)
-            outputs.append(output)
+            outputs, flat = recomputed(compute, len(blocks), flat, owner, config.has_dropout, config.offload_states)
+        else:
+            outputs = []
+            for index in range(len(blocks)):
+                output, flat = compute(index, flat)
+                outputs.append(output)
+        states = tuple(map(MemoryState, flat[::2], flat[1::2]))
         if cache is not None:
             cache.advance(states, grid, run.still_open, columns=input_ids.shape[1])
         return outputs, states
-
-    def _checkpointed(self, compute: Callable, device: torch.device) -> Callable:
-        """`compute` of a block that keeps its arguments alone for the backward pass."""
-
-        def checkpointed(ids: Tensor, states: tuple[MemoryState, ...], block: SegmentGrid, slots: slice):
-            # What is handed over as a tensor, and not in a tuple, is saved by autograd and can be offloaded.
-            def of_tensors(ids: Tensor, *flat: Tensor):
-                return compute(ids, tuple(map(MemoryState, flat[::2], flat[1::2])), block, slots)
-
-            with save_on_cpu(pin_memory=device.type == "cuda") if self.config.offload_states else nullcontext():
-                return _checkpoint(
-                    of_tensors, self.config, ids, *chain(*states), context_fn=lambda: (value_only(), nullcontext())
-                )
-
-        return checkpointed
 
     def block(
         self,
@@ -354,7 +340,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         for layer, state, layer_cached in zip(self.h, states, cached, strict=True):
             mask = masks[layer.attention.window]
             if self.config.checkpoint_layers and self.training and torch.is_grad_enabled():
-                layer = partial(_checkpoint, layer, self.config)
+                draws = self.config.has_dropout
+                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=draws)
             hidden, state, kv = layer(hidden, grid, mask, state, layer_cached)
             after.append(state)
             keys_values.append(kv)
@@ -443,7 +430,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
                 loss = loss.view(goal.shape) if loss_reduction == "none" else loss
             return loss, hidden if return_logits else None
 
-        outputs, memory = self.transformer.run(input_ids, run, head)
+        outputs, memory = self.transformer.run(input_ids, run, head, owner=self)
         losses, hidden = zip(*outputs, strict=True)
         loss = logits = None
         if labels is not None and loss_reduction == "none":
@@ -550,13 +537,13 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
         # Padding has no slot, so a row's tokens fill its slots from the first one on.
         last = input_ids.new_full((B,), T - 1) if attention_mask is None else attention_mask.bool().sum(1) - 1
 
-        def head(hidden: Tensor, slots: slice) -> Tensor:
+        def head(hidden: Tensor, slots: slice) -> tuple[Tensor]:
             """(B, slots of the block, E) -> (B, E): the last token's state, 0 where it is in another block."""
             places = torch.arange(slots.start, slots.stop, device=hidden.device)
-            return (hidden * (places == last[:, None])[..., None]).sum(1)
+            return ((hidden * (places == last[:, None])[..., None]).sum(1),)
 
-        states, memory = self.transformer.run(input_ids, run, head)
-        logits = self.score(torch.stack(states).sum(0))
+        outputs, memory = self.transformer.run(input_ids, run, head, owner=self.transformer)
+        logits = self.score(torch.stack([state for (state,) in outputs]).sum(0))
         loss = None
         if labels is not None:
             of_parts = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
