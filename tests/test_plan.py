@@ -108,7 +108,7 @@ def test_estimate_is_near_the_measured_peak(change, bucket):
     print(f"estimate {estimate.peak / measured - 1:+.1%}, without weights and optimizer", end=" ")
     print(f"{(estimate.peak - standing) / (measured - standing) - 1:+.1%}")
     assert estimate.peak == pytest.approx(measured, rel=0.15)
-    assert estimate.peak - standing == pytest.approx(measured - standing, rel=0.15)
+    assert -0.15 <= (estimate.peak - standing) / (measured - standing) - 1 <= 0.2  # better too much than too little
 
 
 @pytest.mark.parametrize("name", PRESETS)
