@@ -3,13 +3,19 @@
 import random
 import re
 
+import numpy as np
 import pytest
-from test_data_prep import read_token_documents
+import torch
+from test_data_prep import read_rows, read_token_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from data_prep.encode import within_answers
 from data_prep.prepare import PrepareOptions, load_manifest, prepare
 from data_prep.recall import FILLER, KEYS, VALUES, WORDS, Span, documents, find_task, find_tasks
+from data_prep.rows import Packer, encode_row
+from infini_ds.data.batches import collate
+from infini_ds.model.loss import IGNORED
 
 TASKS = (
     "passkey,digits=6",
@@ -190,9 +196,43 @@ def test_shards_hold_the_examples(tmp_path):
         for ids in read_token_documents(out / split, manifest.tokenizer.start_id)
     ]
     assert sorted(found) == sorted(example.text.strip() for _, example in documents(find_tasks(spec)))
+    texts = {example.text.strip(): example for _, example in documents(find_tasks(spec))}
+    for row in read_rows(out / "train"):
+        # A document that goes on in the next row is compared as far as it lies in this one.
+        ends = row.document_lengths.cumsum()
+        for begin, end in zip(ends - row.document_lengths, ends, strict=True):
+            example = texts.get(tokenizer.decode(row.input_ids[begin + 1 : end]))
+            if example is not None:
+                answers = [1 + at for answer in example.answers for at in range(answer.begin, answer.end)]
+                assert np.flatnonzero(row.learned[begin:end]).tolist() == answers
     ids = tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"]
     assert sorted(ids) == list(range(2, 2 + len(WORDS)))
     with pytest.raises(ValueError, match="did you mean pairs"):
         prepare(PrepareOptions(source="recall:pears", out=tmp_path / "none"), quiet=True)
     with pytest.raises(ValueError, match="--validation-source stdlib"):
         prepare(PrepareOptions(source="recall:pairs", validation_source="stdlib", out=tmp_path / "none"), quiet=True)
+
+
+def test_the_loss_is_taken_over_the_answers(tmp_path):
+    out = tmp_path / "out"
+    spec = "pairs,queries=2,distance=3,documents=60"
+    prepare(PrepareOptions(source=f"recall:{spec}+{spec},seed=1,learn=all", out=out, sequence_length=64), quiet=True)
+    rows = read_rows(out / "train")
+    batch = collate([encode_row(row) | {"row": number} for number, row in enumerate(rows)])
+    learned = torch.from_numpy(np.stack([row.learned for row in rows]))
+    assert torch.equal(batch["labels"] != IGNORED, learned)
+    assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
+    ends = [row.document_lengths.cumsum() for row in rows]
+    parts = [part for row, end in zip(rows, ends, strict=True) for part in np.split(row.learned, end)]
+    whole = [part for part in parts if len(part) == 18]  # documents that are not cut
+    assert {part.sum() for part in whole} == {2, 18}
+
+
+def test_part_of_a_long_text_is_learned_where_answers_lie():
+    offsets = [(0, 3), (3, 7), (7, 9), (9, 12)]
+    assert within_answers(offsets, [(3, 7), (10, 11)]).tolist() == [False, True, False, True]
+    assert within_answers(offsets, []).tolist() == [False] * 4
+    packer = Packer(4, vocab_size=10, pad_id=0, has_answers=True)
+    rows = [*packer.add(np.arange(3), True, np.array([False, True, True])), *packer.add(np.arange(3), True)]
+    rows += packer.finish()
+    assert [row.learned.tolist() for row in rows] == [[False, True, True, True], [True, True, False, False]]
