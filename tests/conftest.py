@@ -18,6 +18,7 @@ import pytest
 import torch
 from forks import Fork
 
+from infini_ds.training import processes
 from infini_ds.training.loop import train
 from infini_ds.training.processes import identify
 from infini_ds.training.recipe import load_recipe
@@ -83,13 +84,14 @@ def call_script(script: str, *arguments, code: int = 0) -> SimpleNamespace:
     """The same as `run_script` in this process, which saves seconds of imports; standard input is empty."""
     out, error, got = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
+    disconnect, processes.disconnect = processes.disconnect, lambda: None  # later tests need the process group
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         got = end.code or 0
     finally:
-        sys.argv = argv
+        sys.argv, processes.disconnect = argv, disconnect
         torch.set_num_threads(1)
     assert got == code, f"exit code {got}\n{out.getvalue()}\n{error.getvalue()}"
     return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data_prep.mosaic import FILE_LOCKS, SEGMENTS
+from data_prep.mosaic import FILE_LOCKS, SEGMENTS, SHM
 
-SHM = Path("/dev/shm")
 NAME = re.compile(rf"(\d{{6,}})_({'|'.join((*SEGMENTS, *FILE_LOCKS))})")
 STARTING = SHM / f"infini_ds-{os.getuid()}.lock"
 HELD = 0o100  # bit of the mode of a segment whose life is told by a lock; streaming's own are told by who maps them
@@ -131,8 +130,8 @@ def remove_stale() -> list[Kept]:
 
 @contextmanager
 def one_start_at_a_time(first_on_node: bool) -> Iterator[None]:
-    """Make datasets inside. What dead runs left is removed first. Other runs of this user on this node wait: streaming
-    looks for a free number and takes it in two steps, and runs that start together would take the same.
+    """Make datasets inside. What dead runs left is removed first. Other runs of this user on this node wait, so that
+    none takes for a dead run's what is just being made.
 
     A run that waits for other nodes inside is not waited for longer than PATIENCE: two runs could wait for each other.
     """
