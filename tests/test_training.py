@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call_script, environment, launch_pretrain, pretrain, run_script
+from conftest import ROOT, TINY, environment, launch_pretrain, pretrain, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -247,4 +247,4 @@ def test_metrics_hold_what_is_promised(runs):
 
 
 def test_help_names_the_command():
-    assert "deepspeed launch/pretrain.py" in call_script("launch/pretrain.py", "--help").stdout
+    assert "deepspeed launch/pretrain.py" in run_script("launch/pretrain.py", "--help").stdout
