@@ -82,7 +82,7 @@ def make_plan(recipe: Recipe) -> Plan:
         device = Device(f"this machine ({kind})", memory_free(process), peak_flops(process.device, precision))
     shape = batch_shape(recipe.batch, tokens, choice.gpus)
     file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    sharding = Sharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus, kind)
+    sharding = Sharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus)
     config = model_config(recipe, manifest)
     return Plan(recipe, config, shape, device, Work.of(recipe, config, shape, tokens, precision), sharding)
 

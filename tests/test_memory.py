@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from infini_ds.model import loss
+from infini_ds.model import loss, memory
 from infini_ds.model.local_attention import local_attention, rotary_angles, rotate
 from infini_ds.model.loss import IGNORED, summed_loss, token_losses
 from infini_ds.model.memory import (
@@ -52,9 +52,16 @@ def test_feature_map_gradient_is_continuous_at_zero():
     assert_close(x.grad, torch.ones(4))
 
 
+def all_states(before: MemoryState, after: MemoryState) -> MemoryState:
+    """The memory before each segment and after the last, along one dimension of N + 1."""
+    return MemoryState(*(torch.cat([x, y[:, None]], dim=1) for x, y in zip(before, after, strict=True)))
+
+
 @pytest.mark.parametrize("held", [None, [0, 0, 0, 0, 0], [EMPTY, 0, 0, 2, 2], [3, 3, 5, 6, 6], [EMPTY, EMPTY, 0, 0, 1]])
-def test_accumulate_is_the_recurrence(held):
+@pytest.mark.parametrize("together", [1, 2, 3, 16])
+def test_accumulate_is_the_recurrence(held, together, monkeypatch):
     """The linear rule one segment after the other, emptied where the document changes."""
+    monkeypatch.setattr(memory, "TRIANGLE", together)
     torch.manual_seed(0)
     B, N, H, S, D = 2, 4, 3, 5, 4
     k, v = random(B, N, H, S, D).requires_grad_(), random(B, N, H, S, D).requires_grad_()
@@ -72,7 +79,7 @@ def test_accumulate_is_the_recurrence(held):
     want = MemoryState(*(torch.stack(x, dim=1) for x in zip(*states, strict=True)))
 
     document_held = None if held is None else torch.tensor([held] * B)
-    got = accumulate(start, summarize(written_features(k, write), v), document_held)
+    got = all_states(*accumulate(start, summarize(written_features(k, write), v), document_held))
     weight = [torch.randn_like(x) for x in want]
     inputs = (k, v, start.M, start.z)
     assert_close(tuple(got), tuple(want))
@@ -85,12 +92,12 @@ def test_accumulate_keeps_documents_apart_to_the_last_bit():
     segments = MemoryState(random(1, 6, 2, 4, 4), random(1, 6, 2, 4))
     start = MemoryState(random(1, 2, 4, 4), random(1, 2, 4))
     held = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
-    before = accumulate(start, segments, held)
+    before = all_states(*accumulate(start, segments, held))
     changed = MemoryState(*(x.clone() for x in segments))
     for x in changed:
         x[:, :1] *= 1e6  # document 0
         x[:, 4:] *= 1e6  # document 2
-    after = accumulate(MemoryState(*(1e6 * x for x in start)), changed, held)
+    after = all_states(*accumulate(MemoryState(*(1e6 * x for x in start)), changed, held))
     for x, y in zip(before, after, strict=True):
         assert torch.equal(x[:, 2:5], y[:, 2:5])
 
@@ -120,7 +127,7 @@ def delta_norms(lengths: list[int], rule: str) -> list[float]:
     v[:, 1:] = 0
     write = torch.arange(128) < torch.tensor(lengths)[None, :, None]
     state = MemoryState.empty(1, 2, 64, torch.float64)
-    return update(rule, state, k, v, write).M.flatten(2).norm(dim=-1)[0].tolist()
+    return all_states(*update(rule, state, k, v, write)).M.flatten(2).norm(dim=-1)[0].tolist()
 
 
 @pytest.mark.parametrize("rule", ["delta", "delta_paper"])
@@ -128,9 +135,9 @@ def test_the_delta_rule_replaces_what_a_key_returned(rule):
     """With one key alone in the memory, writing another value for it gives that value back (paper, section 2.2.2)."""
     k, v = random(1, 3, 1, 1, 8), random(1, 3, 1, 1, 8)
     k[:] = k[:, :1]
-    memory = update(rule, MemoryState.empty(1, 1, 8, torch.float64), k, v)
+    states = all_states(*update(rule, MemoryState.empty(1, 1, 8, torch.float64), k, v))
     phi = feature_map(k[0, 0, 0, 0])
-    value = phi @ memory.M[0, :, 0] / (phi @ phi)  # what M holds for the key: (N + 1, D)
+    value = phi @ states.M[0, :, 0] / (phi @ phi)  # what M holds for the key: (N + 1, D)
     if rule == "delta_paper":  # after the second write the first value is gone
         torch.testing.assert_close(value[2], v[0, 1, 0, 0])
     else:  # z counts two writes, so half of the first is taken off
@@ -183,20 +190,15 @@ def test_blend_gates_each_head_and_leaves_those_who_read_nothing():
 def test_memory_is_never_kept_in_low_precision():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         k = torch.randn(1, 2, 1, 3, 4).to(dtype)
-        state = accumulate(MemoryState.empty(1, 1, 4, dtype), summarize(feature_map(k), k))
-        assert {x.dtype for x in state} == {torch.float32}
-        assert (
-            blend(
-                k, retrieve(k, MemoryState(state.M[:, :-1], state.z[:, :-1])), torch.zeros(1), k[..., 0, :, 0] > 9
-            ).dtype
-            == dtype
-        )
+        before, after = accumulate(MemoryState.empty(1, 1, 4, dtype), summarize(feature_map(k), k))
+        assert {x.dtype for x in (*before, *after)} == {torch.float32}
+        assert blend(k, retrieve(k, before), torch.zeros(1), k[..., 0, :, 0] > 9).dtype == dtype
 
 
 def test_z_counts_exactly_over_a_thousand_segments():
     """In bf16 a sum stops at 256 times its terms."""
     k = torch.zeros(1, 1024, 1, 1, 2, dtype=torch.bfloat16)
-    state = accumulate(MemoryState.empty(1, 1, 2, torch.bfloat16), summarize(feature_map(k), k))
+    state = all_states(*accumulate(MemoryState.empty(1, 1, 2, torch.bfloat16), summarize(feature_map(k), k)))
     assert torch.equal(state.z[0, :, 0, 0], torch.arange(1025.0))
 
 
@@ -291,6 +293,14 @@ def test_losses_equal_cross_entropy_at_every_chunk(rows, monkeypatch):
         assert_close(torch.autograd.grad(total, (hidden, weight)), want_grads)
     with torch.no_grad():
         assert_close(token_losses(hidden, weight, targets), want)
+
+
+def test_losses_of_targets_whose_probability_underflows():
+    torch.manual_seed(0)
+    hidden, weight, targets = 60 * torch.randn(20, 4), torch.randn(50, 4), torch.randint(0, 50, (20,))
+    want = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    assert want > 20 * 104  # in fp32 exp(-104) is 0
+    assert_close(summed_loss(hidden.requires_grad_(), weight, targets), want.float())
 
 
 def test_summed_loss_does_not_sum_in_bf16():

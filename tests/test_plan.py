@@ -47,7 +47,7 @@ def peak_of_a_step(work: Work, bucket: int) -> int:
         model.config.segments_per_block = work.segments_per_block
         if work.checkpointing:
             model.gradient_checkpointing_enable()
-        engine = build_engine(model, recipe, ds_config, torch.device("cpu"))
+        engine = build_engine(model, recipe, ds_config)
         for _ in range(2 * work.accumulation):
             gc.collect()  # when Python finds garbage in cycles should not play a part
             loss = engine(**batch).loss
@@ -103,7 +103,7 @@ WORK = Work(tiny(), rows=1, tokens=512, precision="fp32", packed=False, checkpoi
 def test_estimate_is_near_the_measured_peak(change, bucket):
     work = replace(WORK, **change)
     measured = peak_of_a_step(work, bucket)
-    estimate = footprint(work, Sharding(ranks=1, bucket=bucket, fused=False))
+    estimate = footprint(work, Sharding(ranks=1, bucket=bucket))
     standing = estimate.computing["weights"] + estimate.computing["optimizer"]
     print(f"estimate {estimate.peak / measured - 1:+.1%}, without weights and optimizer", end=" ")
     print(f"{(estimate.peak - standing) / (measured - standing) - 1:+.1%}")
@@ -134,7 +134,7 @@ def test_auto_takes_the_largest_block_that_fits_and_changes_no_loss(runs, shards
 
 
 LONG = replace(WORK, tokens=2_000)
-ONE_RANK = Sharding(ranks=1, bucket=SMALL_BUCKET, fused=False)
+ONE_RANK = Sharding(ranks=1, bucket=SMALL_BUCKET)
 
 
 def peak_in_blocks_of(segments: int, rows: int) -> int:

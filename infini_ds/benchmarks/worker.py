@@ -56,7 +56,7 @@ def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
     shape, device = Shape(**shape), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _limit_memory(device)
     model, forward_backward = build(contender, shape, tokens, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(ids: torch.Tensor) -> None:
         optimizer.zero_grad(set_to_none=False)  # gradients are the model's own memory, not the step's

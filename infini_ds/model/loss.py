@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label that counts for nothing, as everywhere in Hugging Face's models
-LOGITS = 2**24  # numbers of a chunk's logits: 64 MiB in fp32, and products large enough for full speed
+LOGITS = 2**24  # numbers of a chunk's logits at most: 64 MiB in fp32, and products large enough for full speed
+ROWS = 1024  # of a chunk at most: with more, products are no faster, and on the CPU each chunk's pages are made anew
+
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -22,9 +24,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
 
     def chunk_losses(h: Tensor, t: Tensor) -> Tensor:
-        return _log_softmax_and_losses(F.linear(h, weight), t)[1]
+        return _losses(F.linear(h, weight), t)
 
-    chunks = list(zip(*(x.split(_chunk_rows(weight)) for x in (hidden, targets)), strict=True))
+    chunks = _chunks(weight, hidden, targets)
     if len(chunks) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
     return torch.cat([chunk_losses(h, t) for h, t in chunks])
@@ -39,19 +41,35 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _SummedLoss.apply(hidden, weight, targets)
-    chunks = zip(*(x.split(_chunk_rows(weight)) for x in (hidden, targets)), strict=True)
-    return torch.stack([_log_softmax_and_losses(F.linear(h, weight), t)[1].sum() for h, t in chunks]).sum()
+    return torch.stack([_losses(F.linear(h, weight), t).sum() for h, t in _chunks(weight, hidden, targets)]).sum()
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    return max(1, LOGITS // weight.shape[0])
+def chunk_rows(vocabulary: int) -> int:
+    """Rows whose logits exist at a time."""
+    return max(1, min(ROWS, LOGITS // vocabulary))
 
 
-def _log_softmax_and_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a chunk: (R, V) log-probabilities and (R,) losses."""
+def _chunks(weight: Tensor, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of R rows each, split alike."""
+    return list(zip(*(x.split(chunk_rows(len(weight))) for x in of_rows), strict=True))
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(R,) losses of a chunk."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    losses = F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none")
-    return log_p, losses
+    return F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none")
+
+
+def _softmax_and_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a chunk: (R, V) probabilities and (R,) losses, with one exponential of each number.
+
+    A target's own probability may underflow. The greatest never does, so the normalization is taken from there:
+    log sum exp(logits) = max(logits) - log(max(p)).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    p = torch.softmax(logits, -1, dtype=dtype)
+    below = logits.amax(-1).to(dtype) - logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    return p, (below - p.amax(-1).log()).masked_fill_(targets == IGNORED, 0)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -65,14 +83,14 @@ class _SummedLoss(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
             grad_hidden = torch.empty_like(h)
             grad_weight = torch.zeros_like(w, dtype=total.dtype)
-            parts = (x.split(_chunk_rows(w)) for x in (h, targets, grad_hidden))
-            for rows, t, grad_rows in zip(*parts, strict=True):
-                log_p, losses = _log_softmax_and_losses(rows @ w.t(), t)
+            chunks = _chunks(w, h, targets, grad_hidden)
+            room = h.new_empty(len(chunks[0][0]), len(w))  # for the logits of each chunk
+            for rows, t, grad_rows in chunks:
+                p, losses = _softmax_and_losses(torch.mm(rows, w.t(), out=room[: len(rows)]), t)
                 total += losses.sum()
                 # d loss / d logits = p - onehot(target)
                 counted = (t != IGNORED)[:, None]
-                grad = log_p.exp_()
-                grad.scatter_add_(1, t.clamp_min(0)[:, None], -torch.ones_like(grad[:, :1]))
+                grad = p.scatter_add_(1, t.clamp_min(0)[:, None], -torch.ones_like(p[:, :1]))
                 grad = grad.to(dtype)
                 torch.mul(grad @ w, counted, out=grad_rows)
                 rows = rows * counted

@@ -95,13 +95,9 @@ class InfiniAttention(nn.Module):
 
         # Outside of autocast: the memory keeps fp32 whatever the precision of the layer.
         with torch.autocast(hidden.device.type, enabled=False):
-            memory = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
-            # Split: the backward pass of two slices would fill and add two tensors of the whole size.
-            before, after = map(MemoryState._make, zip(*(x.split([grid.N, 1], dim=1) for x in memory), strict=True))
+            before, state = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
             if grid.memory_of is not None:
                 before = MemoryState(*(x[grid.memory_of] for x in before))
-            # Cloned: a view would keep the states of all of the block's segments for as long as this one is kept.
-            state = MemoryState(after.M[:, 0].clone(), after.z[:, 0].clone())
             out = blend(local, retrieve(q, before), self.beta, grid.read)
         out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
         return self.dropout(out), state, (k, v)

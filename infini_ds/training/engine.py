@@ -85,7 +85,7 @@ def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
     return deepspeed.utils.safe_get_full_grad(parameter)
 
 
-def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.device):
+def build_engine(model: nn.Module, recipe: Recipe, config: dict):
     """The DeepSpeed engine, with AdamW over the three parameter groups and the recipe's schedule."""
     choice = recipe.optimizer
     groups = parameter_groups(model, choice)
@@ -96,7 +96,7 @@ def build_engine(model: nn.Module, recipe: Recipe, config: dict, device: torch.d
 
         optimizer = DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
     else:
-        optimizer = torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     of_step = [lambda step: factor(recipe.schedule, recipe.steps, step)] * 2
     of_step.append(lambda step: gate_factor(recipe.schedule, recipe.steps, step))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of_step)

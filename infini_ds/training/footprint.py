@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.model.loss import LOGITS
+from infini_ds.model.loss import chunk_rows
 from infini_ds.training.recipe import BatchShape, Recipe
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -85,7 +85,6 @@ class Sharding:
         stage: of ZeRO.
         offload: the optimizer is in the host's memory.
         bucket: elements of the buffer that gradients are reduced in; buffers: how many there are.
-        fused: the optimizer's kernel needs no temporaries, as on a GPU.
     """
 
     ranks: int
@@ -93,10 +92,9 @@ class Sharding:
     offload: bool = False
     bucket: int = 500_000_000
     buffers: int = 1
-    fused: bool = True
 
     @classmethod
-    def from_json(cls, config: dict, ranks: int, device_type: str) -> "Sharding":
+    def from_json(cls, config: dict, ranks: int) -> "Sharding":
         zero = config["zero_optimization"]
         return cls(
             ranks=ranks,
@@ -104,7 +102,6 @@ class Sharding:
             offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
             bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             buffers=(2 if zero.get("overlap_comm") else 1) if zero.get("contiguous_gradients", True) else 0,
-            fused=device_type == "cuda",
         )
 
 
@@ -171,7 +168,7 @@ def loss_bytes(work: Work) -> tuple[int, int]:
     """
     a, E, V = BYTES[work.precision], work.config.hidden_size, work.config.vocab_size
     n = work.block_tokens
-    logits = min(n, max(1, LOGITS // V)) * V
+    logits = min(n, chunk_rows(V)) * V
     passing = (a + 4) * logits + 4 * V * E  # log-probabilities and logits; the weight's gradient summed in fp32
     return a * (n * E + V * E), passing - (a * V * E if a == 4 else 0)
 
@@ -233,7 +230,7 @@ def footprint(work: Work, sharding: Sharding) -> Footprint:
     }
     step = resident | {"gradients": partition}
     if not sharding.offload:
-        step["copies in the step"] = (0 if summed_in_place else partition) + (0 if sharding.fused else 8 * share)
+        step["copies in the step"] = 0 if summed_in_place else partition
     host = (12 + 4 + a) * share if sharding.offload else 0
     return Footprint(*({name: round(size) for name, size in part.items()} for part in (computing, step)), host)
 

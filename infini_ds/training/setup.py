@@ -115,7 +115,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
         return None
     if recipe.model.segments_per_block == "auto":
         work = Work.of(recipe, config, shape, manifest.sequence_length, precision)
-        sharding = Sharding.from_json(ds_config, process.world_size, process.device.type)
+        sharding = Sharding.from_json(ds_config, process.world_size)
         config.segments_per_block = fitting_block(work, sharding, process)
     if process.is_first:
         describe_run(recipe, sources, data)
@@ -123,7 +123,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
         stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, cache_limit)
         validation = ValidationRows(sources)
     model = build_model(recipe, config)
-    engine = build_engine(model, recipe, ds_config, process.device)
+    engine = build_engine(model, recipe, ds_config)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     if newest:
         _, data_state = checkpoints.load(engine, newest)
