@@ -83,6 +83,7 @@ def test_fine_tuning_goes_on_from_a_plain_run_of_its_seed(monkeypatch):
     ("override", "words"),
     [
         ("nme=x", ["nme", "did you mean name?"]),
+        ("armz=1", ["armz", "did you mean arms?"]),
         ("name=a/b", ["name='a/b'", "output="]),
         ("data.sourcee=x", ["data.sourcee", "did you mean data.source?"]),
         ("config=none.yaml", ["none.yaml", "there is no such file"]),

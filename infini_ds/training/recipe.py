@@ -211,14 +211,14 @@ def _check_keys(given, known, origin: str, kind: type, free: tuple[str, ...], pr
         if name.startswith(free):
             continue  # what is allowed there is checked where it is used
         if key not in known:
-            names = _leaves(OmegaConf.structured(kind))
+            names = [*_leaves(OmegaConf.structured(kind)), *(f"{prefix}{group}" for group in known)]
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             near = near or [full for full in names if full.split(".")[-1] == str(key).split(".")[-1]]
             hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(str(k) for k in known)}"
             raise ValueError(f"unknown key {name} in {origin}{hint}")
         if OmegaConf.is_dict(value) != OmegaConf.is_dict(known[key]):
             form = (
-                f"a group of keys, such as {name}.{next(iter(known[key]))}"
+                f"a group of keys, such as {name}.{next(iter(known[key]), 'KEY')}"
                 if OmegaConf.is_dict(known[key])
                 else "a value"
             )
