@@ -7,7 +7,8 @@ and the ratio to the first contender in the same round. Contenders:
     gpt-neo      transformers' GPT-Neo (eager attention, the one that it has)
     infini-transformer-pytorch   the PyPI package, memories not detached: pip install 'infini_ds[benchmark]'
 
-Others: --generation measures the time for a token behind texts of these lengths.
+Others: --generation measures the time for a token behind texts of these lengths; --profile shows in which operators a
+training step's time goes.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from infini_ds.evaluation.plots import speed_and_memory
 from infini_ds.model.presets import preset_config
 from infini_ds.training.processes import launch
 
+OPERATORS = 20  # of a profile that have a line of their own
+
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,7 +44,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps of a figure, of which the median counts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="compile this model's layers")
-    parser.add_argument("--generation", action="store_true", help="measure generation in place of training")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--generation", action="store_true", help="measure generation in place of training")
+    kind.add_argument("--profile", action="store_true", help="the share of each operator in a training step's time")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the figures and the plot")
     args = parser.parse_args()
     for name in ("lengths", "segment_length", "width", "layers", "heads", "vocabulary", "steps", "rounds"):
@@ -68,7 +73,7 @@ def chosen_shape(args: argparse.Namespace) -> Shape:
 def main() -> None:
     args = options()
     shape = chosen_shape(args)
-    kind = "generation" if args.generation else "training"
+    kind = "generation" if args.generation else "profile" if args.profile else "training"
     plan = Plan(kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds)
     console, figures = Console(width=None if sys.stdout.isatty() else 120), []
     args.out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,10 @@ def main() -> None:
             status.update(f"{len(figures)} of {len(plan.cases()) * plan.rounds}: {figure['contender']}")
     console.print(f"{machine()}, {shape.precision}: {shape.layers} layers of width {shape.width}, {shape.heads} heads,")
     console.print(f"vocabulary {shape.vocabulary:,}, segments of {shape.segment_length} tokens, {shape.rule} rule.")
-    if args.generation:
+    if args.profile:
+        for figure in figures:
+            console.print(profile_table(figure))
+    elif args.generation:
         console.print(generation_table(summarize(plan, figures, "seconds_per_token")))
     else:
         summary = summarize(plan, figures, "tokens_per_s")
@@ -117,6 +125,22 @@ def training_table(cases: dict[tuple[int, str], dict]) -> Table:
             f"{case['matrix_flops'] / 1e9:,.0f} GFLOP/s",
             f"{case['peak_memory'] / 2**20:,.0f} MiB",
         )
+    return table
+
+
+def profile_table(figure: dict) -> Table:
+    """The operators that take the most time by themselves, and what is left for all others."""
+    table = Table(title=f"{figure['contender']}, {figure['tokens']:,} tokens, round {figure['round'] + 1}")
+    for name in ("operator", "calls", "share of the time"):
+        table.add_column(name, justify="left" if name == "operator" else "right")
+    if "failed" in figure:
+        table.add_row(figure["failed"])
+        return table
+    first, others = figure["operators"][:OPERATORS], figure["operators"][OPERATORS:]
+    rest = (f"{len(others)} others", sum(seconds for _, seconds, _ in others), sum(calls for *_, calls in others))
+    total = sum(seconds for _, seconds, _ in figure["operators"])
+    for name, seconds, calls in [*first, *([rest] if others else [])]:
+        table.add_row(name, f"{calls:,}", f"{seconds / total:.1%}")
     return table
 
 

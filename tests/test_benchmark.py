@@ -46,6 +46,15 @@ def test_generation_is_measured(tmp_path):
     assert summarize(plan, [figure], "seconds_per_token")[100, "infini:4"]["ratio"] == 1
 
 
+def test_a_profile_says_where_the_time_goes(tmp_path):
+    options = ["--contenders", "infini:2", "--lengths", "64", "--rounds", "1", "--profile", "--out", tmp_path]
+    table = call_script("launch/benchmark.py", *SMALL, *options).stdout
+    figure = json.loads((tmp_path / "profile.jsonl").read_text())
+    calls = {name: count for name, _, count in figure["operators"]}
+    assert calls["aten::addmm"] == 3 * 2 * 2  # out_proj and both of the MLP, in two blocks, each computed twice
+    assert "infini:2, 64 tokens" in table and "aten::mm" in table and "others" in table
+
+
 def test_ratios_are_of_the_same_round():
     """The machine was half as fast in the second round, and four times as fast in the third."""
     plan = Plan("training", ("infini:1", "gpt-neo"), (64,), Shape(8, 1, 2, 20, 16), steps=1, rounds=3)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Plan:
     """What is measured: every contender at every length, `rounds` times, each time in a new process."""
 
-    kind: str  # "training" or "generation"
+    kind: str  # "training", "profile" or "generation"
     contenders: tuple[str, ...]
     lengths: tuple[int, ...]
     shape: Shape

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
 
 from infini_ds.benchmarks.contenders import Shape, build
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
@@ -51,9 +53,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
-    """A training step: forward, backward, AdamW. The rate of matrix products is measured before each step."""
-    shape, device = Shape(**shape), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def training_step(
+    contender: str, tokens: int, shape: Shape, device: torch.device
+) -> tuple[nn.Module, Callable[[], None]]:
+    """The model, and a training step of `tokens` tokens, forward, backward, AdamW, after a first one to warm up."""
     _limit_memory(device)
     model, forward_backward = build(contender, shape, tokens, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -66,10 +69,17 @@ def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
     torch.manual_seed(1)
     ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
     step(ids[:, :WARM_UP])
+    return model, lambda: step(ids)
+
+
+def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
+    """Speed and memory of a training step. The rate of matrix products is measured before each step."""
+    shape, device = Shape(**shape), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, step = training_step(contender, tokens, shape, device)
     memory, times, rates = PeakMemory(device), [], []
     for _ in range(steps):
         rates.append(peak_flops(device, shape.precision))
-        times.append(seconds(lambda: step(ids), device))
+        times.append(seconds(step, device))
     speed = tokens / statistics.median(times)
     result = {"tokens_per_s": speed, "peak_memory": memory.read(), "matrix_flops": statistics.median(rates)}
     if contender.startswith("infini:"):
@@ -80,6 +90,19 @@ def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
             "bound_tokens_per_s": result["matrix_flops"] / flops,
         }
     return result
+
+
+def profile(contender: str, tokens: int, steps: int, shape: dict) -> dict:
+    """Seconds and calls of each operator in `steps` training steps, without those that it calls, the longest first."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, step = training_step(contender, tokens, Shape(**shape), device)
+    kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *kinds]) as profiled:
+        for _ in range(steps):
+            seconds(step, device)
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    operators = [(event.key, getattr(event, own) / 1e6, event.count) for event in profiled.key_averages()]
+    return {"operators": sorted(operators, key=lambda operator: -operator[1])}
 
 
 def generation(contender: str, tokens: int, steps: int, shape: dict) -> dict:
@@ -123,7 +146,8 @@ def _limit_memory(device: torch.device) -> None:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps({"training": training, "generation": generation}[sys.argv[1]](**json.loads(sys.argv[2]))))
+        kinds = {"training": training, "profile": profile, "generation": generation}
+        print(json.dumps(kinds[sys.argv[1]](**json.loads(sys.argv[2]))))
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a RuntimeError
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise

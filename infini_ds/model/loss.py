@@ -13,7 +13,6 @@ LOGITS = 2**24  # numbers of a chunk's logits at most: 64 MiB in fp32, and produ
 ROWS = 1024  # of a chunk at most: with more, products are no faster, and on the CPU each chunk's pages are made anew
 
 
-
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in fp32 (fp64 for fp64) for each row, 0 where the target is IGNORED.
 
@@ -60,16 +59,15 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none")
 
 
-def _softmax_and_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a chunk: (R, V) probabilities and (R,) losses, with one exponential of each number.
+def _softmax_and_losses(logits: Tensor, targets: Tensor, out: Tensor) -> Tensor:
+    """Of a chunk: its probabilities into `out` (R, V), and (R,) losses, with one exponential of each number.
 
     A target's own probability may underflow. The greatest never does, so the normalization is taken from there:
     log sum exp(logits) = max(logits) - log(max(p)).
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    p = torch.softmax(logits, -1, dtype=dtype)
-    below = logits.amax(-1).to(dtype) - logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    return p, (below - p.amax(-1).log()).masked_fill_(targets == IGNORED, 0)
+    torch.softmax(logits, -1, out.dtype, out=out)
+    below = logits.amax(-1).to(out.dtype) - logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    return (below - out.amax(-1).log()).masked_fill_(targets == IGNORED, 0)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -84,14 +82,16 @@ class _SummedLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(h)
             grad_weight = torch.zeros_like(w, dtype=total.dtype)
             chunks = _chunks(w, h, targets, grad_hidden)
-            room = h.new_empty(len(chunks[0][0]), len(w))  # for the logits of each chunk
+            # For the logits of each chunk and their softmax: memory made anew for each costs more than the softmax.
+            size = len(chunks[0][0]), len(w)
+            logits, p = h.new_empty(size), h.new_empty(size, dtype=total.dtype)
             for rows, t, grad_rows in chunks:
-                p, losses = _softmax_and_losses(torch.mm(rows, w.t(), out=room[: len(rows)]), t)
+                n = len(rows)
+                losses = _softmax_and_losses(torch.mm(rows, w.t(), out=logits[:n]), t, out=p[:n])
                 total += losses.sum()
                 # d loss / d logits = p - onehot(target)
                 counted = (t != IGNORED)[:, None]
-                grad = p.scatter_add_(1, t.clamp_min(0)[:, None], -torch.ones_like(p[:, :1]))
-                grad = grad.to(dtype)
+                grad = p[:n].scatter_add_(1, t.clamp_min(0)[:, None], -torch.ones_like(p[:n, :1])).to(dtype)
                 torch.mul(grad @ w, counted, out=grad_rows)
                 rows = rows * counted
                 if dtype == grad_weight.dtype:
