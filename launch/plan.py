@@ -108,7 +108,8 @@ def show(plan: Plan) -> None:
     console.print(facts)
 
     memory = Table("GiB of a rank", title="Memory", title_style="b", show_footer=True)
-    columns = {"computing": plan.footprint.computing, "optimizer's step": plan.footprint.step}
+    found = plan.footprint
+    columns = {"computing": found.computing, "reducing gradients": found.reducing, "optimizer's step": found.step}
     for name, parts in columns.items():
         memory.add_column(name, footer=f"{sum(parts.values()) / GIB:.2f}", justify="right")
     memory.columns[0].footer = "together"
@@ -116,8 +117,8 @@ def show(plan: Plan) -> None:
         cells = (f"{parts[part] / GIB:.2f}" if part in parts else "" for parts in columns.values())
         memory.add_row(part, *cells)
     console.print(memory)
-    if plan.footprint.host:
-        console.print(f"and {plan.footprint.host / GIB:.1f} GiB of the host's memory for each rank of a node")
+    if found.host:
+        console.print(f"and {found.host / GIB:.1f} GiB of the host's memory for each rank of a node")
 
     fitting = Table("micro_rows", "segments_per_block", "GiB", title="What fits", title_style="b")
     for column in fitting.columns:
@@ -126,7 +127,7 @@ def show(plan: Plan) -> None:
         fitting.add_row(f"{rows}", f"{block}" if block else "none", f"{peak / GIB:.1f}" if peak else "")
     console.print(fitting)
 
-    needed = f"A step takes {plan.footprint.peak / GIB:.1f} GiB of the {plan.room / GIB:.1f} that a rank may take"
+    needed = f"A step takes {found.peak / GIB:.1f} GiB of the {plan.room / GIB:.1f} that a rank may take"
     spare = f"({SPARE:.0%} of {plan.device.memory / GIB:.1f} are left free)"
     if plan.fits:
         console.print(f"{needed} {spare}: it fits.", soft_wrap=True)

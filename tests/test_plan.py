@@ -54,19 +54,22 @@ def peak_of_a_step(work: Work, bucket: int) -> int:
             engine.backward(loss)
             engine.step()
     engine.destroy()
-    in_use = peak = 0
-    for _, size in sorted(allocations(profiled.profiler.kineto_results.experimental_event_tree())):
-        in_use += size
+    held, in_use, peak = {}, 0, 0
+    for _, size, pointer in sorted(allocations(profiled.profiler.kineto_results.experimental_event_tree())):
+        in_use -= held.pop(pointer, 0)  # before it is given out again too: the profiler misses some frees
+        if size > 0:
+            held[pointer] = size
+            in_use += size
         peak = max(peak, in_use)
     return peak
 
 
-def allocations(events) -> list[tuple[int, int]]:
-    """(time, bytes), negative where memory was given back, of the profiler's tree of events."""
+def allocations(events) -> list[tuple[int, int, int]]:
+    """(time, bytes, pointer), bytes negative where memory was given back, of the profiler's tree of events."""
     found = []
     for event in events:
         if event.tag.name == "Allocation":
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+            found.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
         found += allocations(event.children)
     return found
 
@@ -78,37 +81,51 @@ def tiny(**fields):
 WORK = Work(tiny(), rows=1, tokens=512, precision="fp32", packed=False, checkpointing=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "bucket"),
-    [
-        pytest.param({}, SMALL_BUCKET, id="all at once"),
-        pytest.param({"segments_per_block": 4}, SMALL_BUCKET, id="blocks of 4"),
-        pytest.param({"segments_per_block": 1, "rows": 2, "tokens": 256}, SMALL_BUCKET, id="blocks of 1"),
-        pytest.param({"segments_per_block": 8, "checkpointing": False}, SMALL_BUCKET, id="everything kept"),
-        pytest.param({"segments_per_block": 8, "packed": True}, SMALL_BUCKET, id="documents"),
-        pytest.param({"segments_per_block": 8, "config": tiny(memory_rule="delta")}, SMALL_BUCKET, id="delta rule"),
-        pytest.param(
-            {"segments_per_block": 8, "config": tiny(checkpoint_layers=True, num_layers=4)}, SMALL_BUCKET, id="layers"
-        ),
-        pytest.param({"segments_per_block": 8, "precision": "bf16", "packed": True}, SMALL_BUCKET, id="bf16"),
-        pytest.param(
-            {"segments_per_block": 8, "config": tiny(hidden_size=192, position_embedding="rotary")},
-            SMALL_BUCKET,
-            id="rotary",
-        ),
-        pytest.param({"segments_per_block": 8, "config": tiny(vocab_size=8192)}, SMALL_BUCKET, id="large vocabulary"),
-        pytest.param({"segments_per_block": 2, "config": tiny(segment_length=16)}, 1_000_000, id="large bucket"),
-    ],
-)
-def test_estimate_is_near_the_measured_peak(change, bucket):
-    work = replace(WORK, **change)
+CHANGES = {
+    "all at once": {},
+    "blocks of 8": {"segments_per_block": 8, "tokens": 2048},
+    "blocks of 4": {"segments_per_block": 4},
+    "blocks of 1": {"segments_per_block": 1, "rows": 2, "tokens": 256},
+    "blocks of 1, one row": {"segments_per_block": 1, "config": tiny(segment_length=128)},
+    "width 192": {"segments_per_block": 4, "rows": 2, "config": tiny(hidden_size=192)},
+    "width 320": {"segments_per_block": 2, "rows": 4, "tokens": 256, "config": tiny(hidden_size=320)},
+    "eight layers": {"segments_per_block": 4, "config": tiny(num_layers=8)},
+    "two micro-batches": {"segments_per_block": 4, "accumulation": 2},
+    "two micro-batches, bf16": {"segments_per_block": 4, "accumulation": 2, "precision": "bf16"},
+    "large bucket": {"segments_per_block": 2, "config": tiny(segment_length=16)},
+    "states offloaded": {"segments_per_block": 1, "rows": 2, "config": tiny(offload_states=True)},
+    "everything kept": {"segments_per_block": 8, "checkpointing": False},
+    "everything kept, blocks of 1": {"segments_per_block": 1, "checkpointing": False},
+    "everything kept, one block": {"checkpointing": False, "config": tiny(num_layers=6)},
+    "everything kept, large bucket": {"checkpointing": False},
+    "documents": {"segments_per_block": 8, "packed": True},
+    "documents, ragged": {"segments_per_block": 8, "packed": True, "rows": 2, "tokens": 470},
+    "delta rule, ragged": {"segments_per_block": 8, "tokens": 470, "config": tiny(memory_rule="delta")},
+    "delta rule, documents": {"packed": True, "rows": 2, "config": tiny(memory_rule="delta")},
+    "layers": {"segments_per_block": 8, "config": tiny(checkpoint_layers=True, num_layers=4)},
+    "layers, delta rule": {"rows": 2, "config": tiny(checkpoint_layers=True, memory_rule="delta", num_layers=4)},
+    "bf16": {"segments_per_block": 8, "precision": "bf16", "packed": True},
+    "bf16, large bucket": {"segments_per_block": 1, "tokens": 128, "precision": "bf16"},
+    "bf16, layers": {"precision": "bf16", "config": tiny(checkpoint_layers=True, num_layers=4)},
+    "rotary": {"segments_per_block": 8, "config": tiny(hidden_size=192, position_embedding="rotary")},
+    "rotary, bf16": {"rows": 2, "precision": "bf16", "config": tiny(position_embedding="rotary")},
+    "large vocabulary": {"segments_per_block": 1, "config": tiny(vocab_size=8192)},
+    "two chunks": {"rows": 2, "tokens": 768, "config": tiny(vocab_size=8192, hidden_size=64)},
+    "two chunks, bf16": {"rows": 2, "tokens": 768, "precision": "bf16", "config": tiny(vocab_size=8192)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_estimate_is_near_the_measured_peak(name):
+    work = replace(WORK, **CHANGES[name])
+    bucket = 1_000_000 if "large bucket" in name else SMALL_BUCKET  # the large one holds all gradients
     measured = peak_of_a_step(work, bucket)
-    estimate = footprint(work, Sharding(ranks=1, bucket=bucket))
-    standing = estimate.computing["weights"] + estimate.computing["optimizer"]
-    print(f"estimate {estimate.peak / measured - 1:+.1%}, without weights and optimizer", end=" ")
-    print(f"{(estimate.peak - standing) / (measured - standing) - 1:+.1%}")
-    assert estimate.peak == pytest.approx(measured, rel=0.15)
-    assert -0.15 <= (estimate.peak - standing) / (measured - standing) - 1 <= 0.2  # better too much than too little
+    found = footprint(work, Sharding(ranks=1, bucket=bucket))
+    estimate = found.peak + found.host  # on a CPU they are one memory
+    standing = found.computing["weights"] + found.computing["optimizer"]
+    above = (estimate - standing) / (measured - standing) - 1
+    print(f"estimate {estimate / measured - 1:+.1%}, without weights and optimizer {above:+.1%}")
+    assert -0.15 <= above <= 0.15
 
 
 @pytest.mark.parametrize("name", PRESETS)

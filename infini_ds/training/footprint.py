@@ -3,8 +3,8 @@
 Shapes: B rows that a rank computes at a time, T tokens a row, N segments of S tokens, G segments a block, n = B G S
 tokens a block, L layers, E width, F inner width, H heads, D head size, V vocabulary.
 
-Two moments matter. `computing`: a block has been computed again and its backward pass begins, so all that autograd
-keeps of it is there, and the gradients of the blocks behind it. `step`: the optimizer's. All counts are in bytes.
+Three moments matter. `computing`: a block is there as a whole, and its loss is computed or its backward pass begins.
+`reducing`: gradients are whole and DeepSpeed takes them. `step`: the optimizer's. All counts are in bytes.
 `tests/test_plan.py` holds the counts against what torch's allocator hands out in real steps.
 """
 
@@ -76,6 +76,11 @@ class Work:
         """n = B G S."""
         return self.rows * self.G * self.segment
 
+    @property
+    def some_do_not_write(self) -> bool:
+        """Tokens of a document that ended before its segment did, and empty slots behind a row."""
+        return self.packed or self.tokens % self.segment > 0
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -107,15 +112,16 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by part at each of the two moments; `host`: what offloading keeps in the host's memory, for one rank."""
+    """Bytes by part at each of the three moments; `host`: what offloading keeps in the host's memory, for one rank."""
 
     computing: dict[str, int]
+    reducing: dict[str, int]
     step: dict[str, int]
     host: int
 
     @property
     def peak(self) -> int:
-        return max(sum(self.computing.values()), sum(self.step.values()))
+        return max(sum(parts.values()) for parts in (self.computing, self.reducing, self.step))
 
 
 def parameters(config: InfiniGPTNeoConfig) -> int:
@@ -140,14 +146,18 @@ def layer_activations(work: Work) -> int:
     """What autograd keeps of one layer over one block, tensor by tensor as in `model/modeling.py` and `memory.py`."""
     config, a = work.config, BYTES[work.precision]
     E, H, D, n = config.hidden_size, config.num_heads, config.head_dim, work.block_tokens
-    # In the model's precision: inputs of both norms and their outputs; q, k, v; local attention; out_proj's input.
-    kept = a * n * (9 * E + 2 * inner_width(config))  # and around the activation function
-    # In fp32, of width E: phi(k), and phi(k) and v as factors of dM; phi(q), and as factor of numerator and of
-    # denominator; the numerator; what is retrieved; in bf16 local attention once more.
-    wide = 8 + (a < 4)
+    # In the model's precision: inputs of both norms and their outputs; q, k, v, or q and k turned; local attention;
+    # out_proj's input; before and after the activation function.
+    kept = a * n * (9 * E + 2 * inner_width(config))
+    # In fp32, of width E: phi(k), phi(q), the numerator, what is retrieved; in bf16 local attention once more.
+    wide = 4 + (a < 4)
     delta = config.memory_rule != "linear"
-    if delta:  # phi(k) as factor of n, both factors of A, and phi(k) of those that write
-        wide += 3 + work.packed
+    if work.rows * work.G > 1:  # products copy their factors, whose heads do not lie at equal distances
+        wide += 4  # phi(k) and v of dM; phi(q) of the numerator and of the denominator
+        if delta:  # phi(k) of n, both factors of A, and phi(k) of those that write
+            wide += 3 + work.some_do_not_write
+    else:  # factors are what they were computed as: v in fp32, phi(k) of those that write, phi(k) / n
+        wide += (a < 4) + work.some_do_not_write + delta
     kept += 4 * n * E * wide
     # Statistics of two norms; per head: log-sum-exp, denominator as it was and as it is held, the gate of each token.
     kept += 4 * n * (4 + (3 + work.packed) * H)
@@ -162,77 +172,126 @@ def _has_masks(work: Work) -> bool:
     return work.packed and work.config._attn_implementation != "flex_attention"
 
 
-def loss_bytes(work: Work) -> tuple[int, int]:
-    """Of one block's loss, as in `model/loss.py`: its gradients, which are computed with it, and what is there besides
-    while they are.
+def block_activations(work: Work) -> tuple[int, int, int, int]:
+    """Of a block: what is there while its loss is computed, what autograd keeps of that, and what is there when its
+    last layer goes backward, and its first one.
     """
-    a, E, V = BYTES[work.precision], work.config.hidden_size, work.config.vocab_size
+    config, a, layer = work.config, BYTES[work.precision], layer_activations(work)
     n = work.block_tokens
-    logits = min(n, chunk_rows(V)) * V
-    passing = (a + 4) * logits + 4 * V * E  # log-probabilities and logits; the weight's gradient summed in fp32
-    return a * (n * E + V * E), passing - (a * V * E if a == 4 else 0)
+    hidden = a * n * config.hidden_size
+    masks = 2 * n * work.segment if _has_masks(work) else 0  # boolean, one of each kind of layer
+    # A block holds on to keys and values until it is through, which autograd does not where layers are computed again,
+    # and not to the keys that rotary positions turn.
+    if config.checkpoint_layers:
+        of_layer, until_through, again = hidden, 2 * hidden, layer - hidden
+    else:
+        of_layer, until_through, again = layer, hidden * (config.position_embedding == "rotary"), 0
+    layers = config.num_layers * of_layer
+    in_loss = layers + config.num_layers * until_through + 2 * hidden + masks  # around the last norm
+    backward = again + hidden + a * n * inner_width(config)  # gradients of the layer's result and of the inner width's
+    return in_loss, layers + hidden, layers + backward, of_layer + backward
+
+
+def loss_bytes(work: Work) -> tuple[int, int]:
+    """Of one block's loss, as in `model/loss.py`: all that is there while it is computed, and its gradients, which are
+    computed with it.
+    """
+    config, a = work.config, BYTES[work.precision]
+    E, V, n = config.hidden_size, config.vocab_size, work.block_tokens
+    rows = min(n, chunk_rows(V))
+    chunk, next_chunk = rows * V, min(n - rows, rows) * V
+    # Beside the logits: probabilities, while those of the chunk before are still there; or with the gradient of rows.
+    # In bf16 the softmax copies logits to fp32, and its gradient and the product for the weights are copies too. (A CPU
+    # copies that product to fp32 to add it. A GPU is taken to do without, so this is not counted.)
+    if work.precision == "bf16":
+        softmax = max(8 * chunk, (4 + a) * chunk + 8 * next_chunk)
+        products = (4 + a) * chunk + a * (rows * E + V * E)
+    else:
+        softmax = 4 * (chunk + next_chunk)
+        products = 4 * (chunk + rows * E)
+    gradients = a * n * E + 4 * V * E  # the weights' summed in fp32
+    return gradients + a * chunk + max(softmax, products), a * (n * E + V * E)
 
 
 def footprint(work: Work, sharding: Sharding) -> Footprint:
     """The memory of a step of `work` on one rank."""
     config, a = work.config, BYTES[work.precision]
-    E, V, F, B = config.hidden_size, config.vocab_size, inner_width(config), work.rows
-    n = work.block_tokens
+    E, V, F = config.hidden_size, config.vocab_size, inner_width(config)
     count = parameters(config)
     share = math.ceil(count / sharding.ranks)
+    weights, embedding, matrix, attention = a * count, a * V * E, a * E * F, a * 4 * E * E  # or their gradients
+    resident = {"weights": weights, "optimizer": 0 if sharding.offload else 12 * share}
 
-    weights = a * count
-    optimizer = 12 * share  # fp32 weights and Adam's two averages
     # DeepSpeed sums the gradients of a rank's share in fp32: in one buffer in bf16, in a new one each time in fp32.
     summed_in_place = work.precision == "bf16"
     partition = 0 if sharding.offload and not summed_in_place else 4 * share
-    bucket = a * sharding.bucket * sharding.buffers
-
-    layer, L = layer_activations(work), config.num_layers
-    # Or of each layer its input, with its keys and values until the block is through, and all of one layer.
-    layers = max(L * 3 * a * n * E, L * a * n * E + layer) if config.checkpoint_layers else L * layer
-    activations = layers + 2 * a * n * E  # and around the last norm
-    if _has_masks(work):
-        activations += 2 * n * work.segment  # a boolean mask of each kind of layer
-    gradients_of_loss, passing = loss_bytes(work)
-    loss = 0
-    if not work.checkpointing:
-        activations *= work.segments / work.G
-        loss = gradients_of_loss * (work.blocks - 1)
-    # Then either the loss, or the layer that goes backward first: the gradients of its output, of the residual, of the
-    # inner width, and of a matrix.
-    going_backward = a * (n * (2 * E + F) + E * F)
-    if gradients_of_loss + passing > going_backward + a * V * E:
-        loss += gradients_of_loss + passing - a * V * E
-    else:
-        activations += going_backward
-    # A parameter's gradient reaches ZeRO once all of its uses have added to it: with several blocks that is in the last
-    # one to go backward, so until then each rank holds the gradients of all weights, not of its share.
-    # Without checkpointing they grow while the blocks' activations go.
-    whole = a * count if work.blocks > 1 else a * V * E
-    if not work.checkpointing:
-        whole = max(a * V * E, whole - activations / work.blocks)
-    # From the first full bucket on, the rank's share exists; by then that part of the weights has gone backward.
-    earlier = partition if work.accumulation > 1 else 0
-    later = partition if summed_in_place else earlier + partition
-    left = 1 - min(1.0, sharding.bucket / count)
-    passing_by = activations + loss + whole
-    if left * passing_by + later > passing_by + earlier:
-        activations, loss, whole, earlier = left * activations, left * loss, left * whole, later
-
-    resident = {"weights": weights, "optimizer": 0 if sharding.offload else optimizer}
-    computing = resident | {
-        "gradients": whole + bucket + earlier,
-        "memory between blocks": state_bytes(work) * (2 + (1 if config.offload_states else work.blocks)),
-        "activations": activations,
-        "loss and logits": loss,
-        "token ids": 8 * B * work.tokens * (6 if work.packed else 4),
-    }
+    earlier = partition if work.accumulation > 1 else 0  # of the micro-batches before
     step = resident | {"gradients": partition}
     if not sharding.offload:
         step["copies in the step"] = 0 if summed_in_place else partition
+
+    in_loss, kept, in_last, in_first = block_activations(work)
+    computing_loss, of_loss = loss_bytes(work)
+    states = state_bytes(work) * 2
+    if work.checkpointing:
+        states += state_bytes(work) * (1 if config.offload_states else work.blocks)
+    token_ids = 8 * work.rows * work.tokens * (6 if work.packed else 4)
+
+    def moment(gradients: float, activations: float, loss: float = 0, states: int = states) -> dict[str, int]:
+        parts = {
+            "gradients": earlier + gradients,
+            "memory between blocks": states,
+            "activations": activations,
+            "loss and logits": loss,
+            "token ids": token_ids,
+        }
+        return resident | {name: round(size) for name, size in parts.items()}
+
+    # A weight's gradient is whole once all of its uses have added to it, which with several blocks is in the last one
+    # to go backward. So each rank holds the gradients of all weights, not of its share: with checkpointing from the
+    # first block on, when nothing else is left of it, without it while activations of other blocks are there.
+    several = work.blocks > 1
+    behind = weights if work.checkpointing and several else 0
+    others = 0 if work.checkpointing else work.segments / work.G - 1
+    kept_of_others, loss_of_others = others * kept, others * of_loss
+    computing = [
+        moment(behind, kept_of_others + in_loss, loss_of_others + computing_loss),
+        moment(behind, kept_of_others + kept, loss_of_others + 2 * of_loss),  # kept ones times the gradient
+        # The output layer's gradient waits for the embedding's: they are one weight.
+        moment(behind + embedding + matrix, kept_of_others + in_last, loss_of_others),
+    ]
+    if work.checkpointing or several:  # by the end of a block, gradients of all of its layers are there too
+        computing += [
+            moment(weights - matrix - attention, kept_of_others + in_first, loss_of_others),
+            moment(weights + embedding + (embedding if behind else 0), kept_of_others, loss_of_others),
+        ]
+
+    # Gradients move into the bucket, and when the next one does not fit, a copy of it is reduced over the ranks. From
+    # then on the share of the sums exists, and what the bucket held has gone from where it was.
+    bucket = a * sharding.bucket * sharding.buffers
+    left = 1 - max(0, sharding.bucket - E * F) / count if sharding.bucket < count else 0
+    reduced = a * min(sharding.bucket, count)
+    if summed_in_place:  # each gradient of the reduced ones is added as a copy in fp32
+        sums = partition - earlier + reduced + min(partition, 4 * max(V * E, E * F))
+    else:
+        sums = max(partition, reduced)
+    if work.checkpointing:  # all of them come at once, when all blocks are done
+        reducing = [moment(weights + bucket, 0, states=0), moment(left * weights + bucket + sums, 0, states=0)]
+    else:
+        held = weights if several else embedding
+        reducing = [
+            moment(held + matrix + bucket, in_last),
+            moment(left * held + bucket + sums, left * in_last),
+        ]
+
     host = (12 + 4 + a) * share if sharding.offload else 0
-    return Footprint(*({name: round(size) for name, size in part.items()} for part in (computing, step)), host)
+    if work.checkpointing and config.offload_states:
+        host += state_bytes(work) * work.blocks
+    return Footprint(_largest(computing), _largest(reducing), step, host)
+
+
+def _largest(moments: list[dict[str, int]]) -> dict[str, int]:
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def largest_block(work: Work, sharding: Sharding, room: int) -> int | None:
