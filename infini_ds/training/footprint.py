@@ -200,17 +200,14 @@ def loss_bytes(work: Work) -> tuple[int, int]:
     E, V, n = config.hidden_size, config.vocab_size, work.block_tokens
     rows = min(n, chunk_rows(V))
     chunk, next_chunk = rows * V, min(n - rows, rows) * V
-    # Beside the logits: probabilities, while those of the chunk before are still there; or with the gradient of rows.
-    # In bf16 the softmax copies logits to fp32, and its gradient and the product for the weights are copies too. (A CPU
-    # copies that product to fp32 to add it. A GPU is taken to do without, so this is not counted.)
+    # Beside logits and probabilities: the product for the gradient of rows. In bf16 the softmax copies logits to fp32,
+    # while the gradient of the chunk before is still there; that, and the product for the weights, are copies too. (A
+    # CPU copies that product to fp32 to add it. A GPU is taken to do without, so this is not counted.)
+    beside = a * rows * E
     if work.precision == "bf16":
-        softmax = max(8 * chunk, (4 + a) * chunk + 8 * next_chunk)
-        products = (4 + a) * chunk + a * (rows * E + V * E)
-    else:
-        softmax = 4 * (chunk + next_chunk)
-        products = 4 * (chunk + rows * E)
+        beside = max(4 * chunk, a * chunk + 4 * next_chunk, a * (chunk + rows * E + V * E))
     gradients = a * n * E + 4 * V * E  # the weights' summed in fp32
-    return gradients + a * chunk + max(softmax, products), a * (n * E + V * E)
+    return gradients + (a + 4) * chunk + beside, a * (n * E + V * E)
 
 
 def footprint(work: Work, sharding: Sharding) -> Footprint:
