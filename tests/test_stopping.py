@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, SHAPE, STEPS, environment, pretrain, start_ranks
 
 from infini_ds.training.metrics import read_metrics
-from infini_ds.training.processes import free_port
+from infini_ds.training.processes import free_port, identify, share_threads
 
 BIN = Path(sys.executable).parent
 # Endless, and the same whatever the number of steps.
@@ -103,7 +104,15 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_a_signal_in_the_validation_leaves_it_saves_and_the_next_run_makes_it(start, shards, tmp_path):
+@pytest.fixture
+def all_cores():
+    """As many threads as a run by itself takes: gradients of norms are sums over threads, whose last bit shows it."""
+    share_threads(identify())
+    yield
+    torch.set_num_threads(1)
+
+
+def test_a_signal_in_the_validation_leaves_it_saves_and_the_next_run_makes_it(start, shards, tmp_path, all_cores):
     """A validation behind every step: there the signal finds it. It goes to the data workers too."""
     stopped = tmp_path / "stopped"
     job = start("python", "validation.every=1", "validation.rows=16", "data.workers=1")
