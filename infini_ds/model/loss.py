@@ -13,7 +13,6 @@ LOGITS = 2**24  # numbers of a chunk's logits at most: 64 MiB in fp32, and produ
 ROWS = 1024  # of a chunk at most: with more, products are no faster, and on the CPU each chunk's pages are made anew
 
 
-
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in fp32 (fp64 for fp64) for each row, 0 where the target is IGNORED.
 
