@@ -1,5 +1,6 @@
 """From a recipe to the parts that the loop needs: model, data, engine, and where the run goes on."""
 
+import errno
 import json
 import os
 import shutil
@@ -106,6 +107,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     check_vocabulary(recipe, sources[0].folder / "tokenizer")
     data = fingerprint(sources, shape.rows, recipe.data.seed)
 
+    check_writable(recipe)
+
     from infini_ds.training.engine import build_engine, connect
 
     connect(process, recipe.timeout_minutes)
@@ -131,6 +134,19 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     return Training(
         recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest
     )
+
+
+def check_writable(recipe: Recipe) -> None:
+    """Make the run's folder, or raise a ValueError."""
+    try:
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(recipe.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"output={recipe.output}: {recipe.folder} cannot be written ({error.strerror}): give another output=, or "
+            "mend that folder"
+        ) from error
 
 
 def check_same_run(recipe: Recipe, data: dict) -> None:
