@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -151,6 +152,8 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
 def _check_client(what: str, scheme: str) -> None:
     if scheme not in CLIENTS:
         raise ValueError(f"{what}: {scheme}:// is not known; known are file, {', '.join(CLIENTS)}, or a folder")
+    if scheme == "hf" and not re.match(r".*=hf://datasets/[^/]+/[^/]+", what):
+        raise ValueError(f"{what}: write it as hf://datasets/OWNER/NAME, or with a folder behind it")
     module, packages = CLIENTS[scheme]
     try:
         importlib.import_module(module)
