@@ -14,7 +14,7 @@ from infini_ds.model.presets import PRESETS, preset_config
 from infini_ds.training.deepspeed_config import deepspeed_config
 from infini_ds.training.recipe import BatchRecipe, Recipe, ScheduleRecipe, batch_shape, load_recipe
 from infini_ds.training.schedule import factor, gate_factor
-from infini_ds.training.setup import check_writable, claim
+from infini_ds.training.setup import check_writable
 from infini_ds.training.throughput import training_flops_per_token
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -245,10 +245,17 @@ def test_a_folder_that_cannot_be_written_gets_a_sentence(output, tmp_path):
 
 
 def test_two_jobs_in_one_folder_are_refused(tmp_path):
-    recipe = load_recipe(None, ["batch.rows=4", f"output={tmp_path}", "name=one"])
-    recipe.folder.mkdir()
+    jobs = """
+import os, sys
+from infini_ds.training.recipe import Recipe
+from infini_ds.training.setup import claim
+recipe = Recipe(name="one", output=sys.argv[1])
+recipe.folder.mkdir()
+claim(recipe)
+claim(recipe)  # the same process goes on
+if os.fork():
+    os.wait()
+else:
     claim(recipe)
-    claim(recipe)  # the same process goes on
-    job = "import sys; from infini_ds.training.setup import claim; from infini_ds.training.recipe import Recipe\n"
-    job += "claim(Recipe(name='one', output=sys.argv[1]))"
-    assert f"another job is training in {recipe.folder}" in run_script("-c", job, tmp_path, code=1).stderr
+"""
+    assert f"another job is training in {tmp_path}/one" in run_script("-c", jobs, tmp_path).stderr
