@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     from streaming.base import dataset
     from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
     from streaming.base.dataset import _ShardState as ShardState
+    from streaming.base.format import reader_from_json
     from streaming.base.shared import SharedMemory, array, prefix
     from streaming.base.storage import CloudDownloader
     from streaming.base.util import retry
@@ -103,5 +104,6 @@ __all__ = [
     "Stream",
     "StreamingDataLoader",
     "StreamingDataset",
+    "reader_from_json",
     "retry",
 ]

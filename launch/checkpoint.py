@@ -31,30 +31,39 @@ def main() -> None:
     {"list": list_run, "inspect": inspect, "verify": verify_all}[args.command](args.path)
 
 
-def finished(path: Path) -> list[Path]:
-    """The finished checkpoints that a path names: itself, or those of a run.
+def find(path: Path) -> tuple[list[Path], list[Path]]:
+    """The finished and the unfinished checkpoints that a path names: itself, or those of a run.
 
     Raises:
         ValueError: there is none.
     """
     if (path / MARK).is_file():
-        return [path]
-    good = good_checkpoints(path)
-    if not good:
-        raise ValueError(f"{path} is neither a finished checkpoint ({MARK}) nor a run that has one (checkpoints/)")
-    return good
+        return [path], []
+    good, unfinished = good_checkpoints(path), unfinished_checkpoints(path)
+    if good or unfinished:
+        return good, unfinished
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such folder; give that of a run, output/name of its recipe")
+    run = path.absolute().parent.parent
+    if path.absolute() in unfinished_checkpoints(run):
+        raise ValueError(f"{path} is not finished (no {MARK}), and no run goes on from it: give another one of {run}")
+    raise ValueError(
+        f"{path} is neither a checkpoint ({MARK}) nor a run that has one (checkpoints/step-...): give the folder "
+        "output/name of a recipe"
+    )
 
 
 def list_run(run: Path) -> None:
     table = Table("checkpoint", "tokens", "validation loss", "ranks", "MiB", "written (UTC)", "state", box=None)
-    for checkpoint in finished(run):
+    finished, unfinished = find(run)
+    for checkpoint in finished:
         found = damage(checkpoint, read=False)
         try:
             cells = cells_of(read_mark(checkpoint))
         except ValueError:
             cells = [""] * 5
         table.add_row(checkpoint.name, *cells, f"damaged: {'; '.join(found)}" if found else "finished")
-    for checkpoint in unfinished_checkpoints(run):
+    for checkpoint in unfinished:
         table.add_row(checkpoint.name, *[""] * 5, "unfinished")
     show(table)
 
@@ -67,6 +76,10 @@ def cells_of(mark: Mark) -> list[str]:
 
 
 def inspect(checkpoint: Path) -> None:
+    finished, unfinished = find(checkpoint)
+    if finished != [checkpoint]:
+        newest = (finished or unfinished)[-1]
+        raise ValueError(f"{checkpoint} is a run: give one of its checkpoints, such as {newest}")
     mark = read_mark(checkpoint)
     loss = "not measured" if mark.validation_loss is None else f"{mark.validation_loss:.6f}"
     facts = {
@@ -85,11 +98,12 @@ def inspect(checkpoint: Path) -> None:
 
 def verify_all(path: Path) -> None:
     damaged = 0
-    for checkpoint in finished(path):
+    finished, unfinished = find(path)
+    for checkpoint in finished:
         found = damage(checkpoint)
         damaged += bool(found)
         print(f"{checkpoint}: {'; '.join(found) or 'whole'}", flush=True)
-    for checkpoint in unfinished_checkpoints(path):
+    for checkpoint in unfinished:
         print(f"{checkpoint}: unfinished, no run goes on from it", flush=True)
     sys.exit(1 if damaged else 0)
 

@@ -230,4 +230,16 @@ def test_the_script_lists_inspects_and_verifies(runs, tmp_path):
     assert "step-000024: unfinished" in verified[2]
     call_script("launch/checkpoint.py", "verify", last, code=1)
     call_script("launch/checkpoint.py", "verify", last.with_name("step-000016"))
-    assert "neither a finished checkpoint" in call_script("launch/checkpoint.py", "list", tmp_path, code=2).stderr
+    for path, words in (
+        (tmp_path, "neither a checkpoint"),
+        (tmp_path / "nowhere", "there is no such folder"),
+        (run, f"is a run: give one of its checkpoints, such as {last.with_name('step-000020')}"),
+        (
+            last.with_name("step-000024"),
+            f"is not finished (no checkpoint.json), and no run goes on from it: give another one of {run}",
+        ),
+    ):
+        assert words in call_script("launch/checkpoint.py", "inspect", path, code=2).stderr
+    for mark in run.rglob("checkpoint.json"):
+        mark.unlink()
+    assert call_script("launch/checkpoint.py", "list", run).stdout.count("unfinished") == 3

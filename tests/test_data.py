@@ -185,6 +185,21 @@ def test_damaged_validation_shard_is_named(copy):
         list(ValidationRows(find_sources(str(copy), [], "")).batches(4, None))
 
 
+def test_missing_shard_and_damaged_index_are_named(copy):
+    gone = copy / "train" / "shard.00000.mds"
+    for file in (copy / "train").glob(f"{gone.name}*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{gone} is missing: copy it again"):
+        read(open_stream(copy), 20)
+    index = copy / "validation" / "index.json"
+    index.write_text(index.read_text().replace("column_encodings", "column^encodings"))
+    with pytest.raises(ValueError, match=f"{index} is damaged .*--force"):
+        open_stream(copy)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=f"{index} is damaged .*--force"):
+        open_stream(copy)
+
+
 def test_expanded_shards_without_compressed_ones_stay(copy):
     """streaming by itself deletes them, the only copy, as it starts."""
     whole = read(open_stream(copy), 20)
@@ -298,6 +313,7 @@ def test_damaged_copy_is_fetched_again_and_damaged_remote_is_named(copy, many, t
     [
         ("s3://bucket/stories", ["data.path=s3://bucket/stories", "boto3", "pip install boto3"]),
         ("gs://bucket/stories", ["pip install google-cloud-storage"]),
+        ("hf://me/stories", "hf://me/stories: write it as hf://datasets/OWNER/NAME"),
         ("ftp://host/stories", ["ftp:// is not known", "s3"]),
         ("file:///nowhere", ["data.path=file:///nowhere", "check the address"]),
         ("/nowhere", ["/nowhere", "python -m data_prep"]),

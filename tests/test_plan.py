@@ -245,6 +245,7 @@ def test_days_follow_from_operations():
     ("arguments", "words"),
     [
         (["--gpu", "a100", "--sequence-length", "512"], ["--gpu a100 is not known", "a100-", "--memory"]),
+        (["--gpu", "H100", "--sequence-length", "512"], ["did you mean h100-80g"]),
         ([], ["data.path=nowhere", "--sequence-length"]),
         (["--gpu", "l4-24g", "--sequence-length", "0"], ["plan.sequence_length=0"]),
         (["--gpu", "l4-24g", "--sequence-length", "512", "--gpus", "3"], ["cannot be divided over 3 ranks"]),

@@ -5,14 +5,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.model.presets import PRESETS, preset_config
 from infini_ds.training.deepspeed_config import deepspeed_config
 from infini_ds.training.recipe import BatchRecipe, Recipe, ScheduleRecipe, batch_shape, load_recipe
 from infini_ds.training.schedule import factor, gate_factor
+from infini_ds.training.setup import check_writable
 from infini_ds.training.throughput import training_flops_per_token
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -101,6 +103,13 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
         ("guard.spike_window=1", ["guard.spike_window=1", "at least 2"]),
         ("guard.spike_batches=0", ["guard.spike_batches=0", "at least 1"]),
         ("guard.on_spike=rollback", ["guard.on_spike='rollback'", "flag, roll_back"]),
+        ("optimizer.learning_rate=inf", ["optimizer.learning_rate=inf", "finite"]),
+        ("optimizer.eps=-1", ["optimizer.eps=-1", "at least 0"]),
+        ("batch.rows=-4", ["batch.rows=-4", "at least 1"]),
+        ("seed=99999999999999999999", ["seed=99999999999999999999", "below 2147483648"]),
+        ("data.seed=2147483648", ["data.seed=2147483648", "below"]),
+        ("steps=[1,2]", ["steps", "could not be converted to Integer"]),
+        ("data.path=", ["data.path", "'None'"]),
         ("guard.check_gradients=maybe", ["guard.check_gradients", "maybe"]),
     ],
 )
@@ -217,3 +226,36 @@ def test_flops_follow_the_usual_rule():
 def test_defaults_are_a_recipe():
     assert load_recipe(None, ["batch.rows=1"]).folder == Path("runs/run")
     assert Recipe().model.preset == "tiny"
+
+
+@pytest.mark.parametrize(
+    "override", ["window_size=0", "num_layers=-1", "num_heads=0", "hidden_size=0", "gate_init=nan", "gate_init=inf"]
+)
+def test_sizes_that_no_model_has_get_a_sentence(override):
+    name, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=rf"^{override} must be "):
+        InfiniGPTNeoConfig(**{name: float(value) if name == "gate_init" else int(value)})
+
+
+@pytest.mark.parametrize("output", ["a-file", "/proc/nothing"])
+def test_a_folder_that_cannot_be_written_gets_a_sentence(output, tmp_path):
+    (tmp_path / "a-file").touch()
+    with pytest.raises(ValueError, match=r"^output=.* cannot be written \(.*\): give another output="):
+        check_writable(load_recipe(None, ["batch.rows=4", f"output={tmp_path / output}"]))
+
+
+def test_two_jobs_in_one_folder_are_refused(tmp_path):
+    jobs = """
+import os, sys
+from infini_ds.training.recipe import Recipe
+from infini_ds.training.setup import claim
+recipe = Recipe(name="one", output=sys.argv[1])
+recipe.folder.mkdir()
+claim(recipe)
+claim(recipe)  # the same process goes on
+if os.fork():
+    os.wait()
+else:
+    claim(recipe)
+"""
+    assert f"another job is training in {tmp_path}/one" in run_script("-c", jobs, tmp_path).stderr

@@ -87,6 +87,10 @@ class ShardStream(Stream):
                 f"no room to expand {name}, of {raw.bytes / 2**20:,.1f} MiB, as {free:,.1f} MiB are free: make room, "
                 "or read the data through data.cache on another disk (file://)"
             ) from reason
+        if self.far is None and isinstance(reason, FileNotFoundError):
+            raise ShardError(
+                f"{name} is missing: copy it again from where it came, or prepare the data anew with --force"
+            )
         raise ShardError(f"{name} cannot be made ready ({reason}): python launch/doctor.py says more") from reason
 
     def _drop_damaged(self, raw, packed) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Protocol
 import xxhash
 
 from data_prep.manifest import NAME, Manifest, load_manifest
-from data_prep.mosaic import CloudDownloader
+from data_prep.mosaic import CloudDownloader, reader_from_json
 
 HERE = "file://"  # a folder of this machine that is to be read as if it were far away, through the cache
 # All but the shards: fetched at each start, since they say what the shards are.
@@ -102,11 +103,20 @@ def _open(key: str, path: str, cache: Path, proportion: float | None = None, rep
         folder = _fetch_small_files(f"{key}={path}", remote, cache)
     else:
         remote, folder = None, Path(path)
-    manifest = load_manifest(folder)
+    source = Source(key, folder, remote, load_manifest(folder), proportion, repeat)
     for split in ("train", "validation"):
-        if not (folder / split / "index.json").is_file():
+        index = folder / split / "index.json"
+        if not index.is_file():
             raise ValueError(f"{key}={path} has no {split}/index.json: prepare it with python -m data_prep")
-    return Source(key, folder, remote, manifest, proportion, repeat)
+        try:
+            for shard in source.shards(split):
+                reader_from_json(str(folder), split, shard)
+        except (ValueError, KeyError, TypeError) as error:  # there is no hash of it, but most damage shows
+            raise ValueError(
+                f"{index} is damaged ({error!r}): copy it again from where it came, or prepare the data anew "
+                "with --force"
+            ) from error
+    return source
 
 
 def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
@@ -142,6 +152,8 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
 def _check_client(what: str, scheme: str) -> None:
     if scheme not in CLIENTS:
         raise ValueError(f"{what}: {scheme}:// is not known; known are file, {', '.join(CLIENTS)}, or a folder")
+    if scheme == "hf" and not re.match(r".*=hf://datasets/[^/]+/[^/]+", what):
+        raise ValueError(f"{what}: write it as hf://datasets/OWNER/NAME, or with a folder behind it")
     module, packages = CLIENTS[scheme]
     try:
         importlib.import_module(module)

@@ -1,6 +1,7 @@
 """Configuration of Infini-GPT-Neo: GPT-Neo's fields and those of the compressive memory."""
 
 import inspect
+import math
 
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
@@ -57,6 +58,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self.position_embedding = position_embedding
         self.gate_init = gate_init
         self.rotary_base = rotary_base
+        for name in ("hidden_size", "num_layers", "num_heads", "window_size"):  # transformers divides by some of them
+            if kwargs.get(name, 1) < 1:
+                raise ValueError(f"{name}={kwargs[name]} must be at least 1")
         super().__init__(**kwargs)
         self._check()
 
@@ -83,6 +87,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             )
         if self.truncate_blocks is not None and self.truncate_blocks < 1:
             raise ValueError(f"truncate_blocks={self.truncate_blocks} must be at least 1, or None for exact gradients")
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"gate_init={self.gate_init} must be a finite number, such as 0 for half of the memory")
         if self.memory_rule not in MEMORY_RULES:
             raise ValueError(f"memory_rule={self.memory_rule!r} is not one of {', '.join(MEMORY_RULES)}")
         if self.position_embedding not in POSITION_EMBEDDINGS:

@@ -40,7 +40,7 @@ def card(name: str, precision: str) -> Device:
         ValueError: it is not in CARDS.
     """
     if name not in CARDS:
-        near = difflib.get_close_matches(name, CARDS, n=1)
+        near = difflib.get_close_matches(name.lower(), CARDS, n=1)
         hint = f"did you mean {near[0]}" if near else f"known are {', '.join(CARDS)}"
         raise ValueError(f"--gpu {name} is not known: {hint}; for another card give --memory GIB")
     memory, published = CARDS[name]

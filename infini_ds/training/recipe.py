@@ -243,8 +243,9 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"{key}={value!r} is not one of {', '.join(allowed)}")
 
     def at_least(key: str, value: float, least: float) -> None:
-        if not value >= least:  # so written, it also refuses what is no number
-            raise ValueError(f"{key}={value} must be at least {least}")
+        if not least <= value < math.inf:  # so written, it also refuses what is no number
+            finite = " and finite" if value == math.inf else ""
+            raise ValueError(f"{key}={value} must be at least {least}{finite}")
 
     one_of("precision", recipe.precision, "auto", "fp32", "bf16")
     one_of("model.attention", recipe.model.attention, "sdpa", "flex_attention")
@@ -281,6 +282,7 @@ def check(recipe: Recipe) -> None:
     for key, value in (
         ("optimizer.learning_rate", recipe.optimizer.learning_rate),
         ("optimizer.gate_learning_rate", recipe.optimizer.gate_learning_rate),
+        ("optimizer.eps", recipe.optimizer.eps),
         ("optimizer.weight_decay", recipe.optimizer.weight_decay),
         ("optimizer.gradient_clipping", recipe.optimizer.gradient_clipping),
         ("schedule.warmup_steps", recipe.schedule.warmup_steps),
@@ -294,6 +296,12 @@ def check(recipe: Recipe) -> None:
         ("seed", recipe.seed),
     ):
         at_least(key, value, 0)
+    for key, value in (("seed", recipe.seed), ("data.seed", recipe.data.seed)):
+        if value >= 2**31:  # with epochs and ranks added, NumPy has to take it
+            raise ValueError(f"{key}={value} must be below {2**31}")
+    for key, value in (("batch.rows", recipe.batch.rows), ("batch.tokens", recipe.batch.tokens)):
+        if value is not None:
+            at_least(key, value, 1)
     if recipe.plan.sequence_length is not None:
         at_least("plan.sequence_length", recipe.plan.sequence_length, 1)
     if recipe.plan.memory is not None and not 0 < recipe.plan.memory < math.inf:

@@ -1,5 +1,7 @@
 """From a recipe to the parts that the loop needs: model, data, engine, and where the run goes on."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -106,6 +108,10 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     check_vocabulary(recipe, sources[0].folder / "tokenizer")
     data = fingerprint(sources, shape.rows, recipe.data.seed)
 
+    check_writable(recipe)
+    if process.is_first:
+        claim(recipe)
+
     from infini_ds.training.engine import build_engine, connect
 
     connect(process, recipe.timeout_minutes)
@@ -131,6 +137,38 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     return Training(
         recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest
     )
+
+
+def check_writable(recipe: Recipe) -> None:
+    """Make the run's folder, or raise a ValueError."""
+    try:
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(recipe.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"output={recipe.output}: {recipe.folder} cannot be written ({error.strerror}): give another output=, or "
+            "mend that folder"
+        ) from error
+
+
+def claim(recipe: Recipe) -> None:
+    """Keep other jobs out of the run's folder as long as this process lives: two would remove each other's checkpoints.
+
+    Raises:
+        ValueError: another job is in it.
+    """
+    # Never closed: a lock of this kind is dropped with any descriptor of the file. It goes with the process, holds on
+    # other nodes too, and is not in the way of a second run of this same process.
+    lock = os.open(recipe.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+            raise ValueError(
+                f"name={recipe.name}: another job is training in {recipe.folder}: wait for its end, or choose another "
+                "name="
+            ) from error
 
 
 def check_same_run(recipe: Recipe, data: dict) -> None:
