@@ -160,7 +160,10 @@ def read_text(folder: str, options: ReadOptions) -> Iterator[Document]:
     """Every .txt file of a folder and the folders in it, one document each, or several with --document-separator."""
     if not os.path.isdir(folder):
         raise options.error("there is no such folder; name one that holds .txt files")
-    for path in walk(Path(folder), ".txt"):
+    paths = list(walk(Path(folder), ".txt"))
+    if not paths:
+        raise options.error("no .txt file is in that folder or in those in it; name one that holds some")
+    for path in paths:
         if options.document_separator is None:
             yield decode(str(path), path.read_bytes(), options.bad_utf8)
         else:

@@ -360,6 +360,7 @@ def test_error_sentences(folder, tmp_path, changes, words):
 
 def test_no_documents_no_training_documents_no_validation_documents(folder, tmp_path, prepared):
     (tmp_path / "empty").mkdir()
+    fails(["--source", "no .txt file is in that folder"], source=f"text:{tmp_path / 'empty'}", out=tmp_path / "out")
     (tmp_path / "empty" / "a.txt").write_text(" \n")
     options = SMALL | {"tokenizer": str(prepared / "tokenizer"), "out": tmp_path / "out"}
     empty, full = f"text:{tmp_path / 'empty'}", f"text:{folder}"

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ MAY_CHANGE = (
     *("checkpoint", "guard", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
     *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
 )
+
+LEAVING = 10.0  # seconds that the ranks of a job before may need to be gone
 
 
 @dataclass
@@ -161,14 +164,19 @@ def claim(recipe: Recipe) -> None:
     # Never closed: a lock of this kind is dropped with any descriptor of the file. It goes with the process, holds on
     # other nodes too, and is not in the way of a second run of this same process.
     lock = os.open(recipe.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
-            raise ValueError(
-                f"name={recipe.name}: another job is training in {recipe.folder}: wait for its end, or choose another "
-                "name="
-            ) from error
+    deadline = time.monotonic() + LEAVING
+    while True:
+        try:
+            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None  # the file system has no locks
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"name={recipe.name}: another job is training in {recipe.folder}: wait for its end, or choose "
+                    "another name="
+                ) from error
+        time.sleep(0.2)
 
 
 def check_same_run(recipe: Recipe, data: dict) -> None:
