@@ -312,7 +312,7 @@ def test_damaged_copy_is_fetched_again_and_damaged_remote_is_named(copy, many, t
     ("path", "words"),
     [
         ("s3://bucket/stories", ["data.path=s3://bucket/stories", "boto3", "pip install boto3"]),
-        ("gs://bucket/stories", ["pip install google-cloud-storage"]),
+        ("gs://bucket/stories", ["pip install 'google-cloud-storage<3.3'"]),
         ("hf://me/stories", "hf://me/stories: write it as hf://datasets/OWNER/NAME"),
         ("ftp://host/stories", ["ftp:// is not known", "s3"]),
         ("file:///nowhere", ["data.path=file:///nowhere", "check the address"]),

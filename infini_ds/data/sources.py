@@ -25,7 +25,7 @@ SMALL_FILES = (
 # What streaming imports for a kind of address, and what to install for it.
 CLIENTS = {
     "s3": ("boto3", "boto3"),
-    "gs": ("google.cloud.storage", "google-cloud-storage"),
+    "gs": ("google.cloud.storage", "'google-cloud-storage<3.3'"),  # streaming 0.13's limit
     "hf": ("huggingface_hub", "huggingface_hub"),
     "azure": ("azure.storage.blob", "azure-storage-blob azure-identity"),
     "azure-dl": ("azure.storage.filedatalake", "azure-storage-file-datalake azure-identity"),
