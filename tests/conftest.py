@@ -18,7 +18,7 @@ import pytest
 import torch
 from forks import Fork
 
-from infini_ds.training import processes, setup
+from infini_ds.training import processes
 from infini_ds.training.loop import train
 from infini_ds.training.processes import identify
 from infini_ds.training.recipe import load_recipe
@@ -26,7 +26,6 @@ from infini_ds.training.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
-setup.claim = lambda recipe: None  # of a run that a test makes in this process, and then goes on with in another
 
 MODULES = [
     *("argparse", "ast", "calendar", "configparser", "csv", "difflib", "fractions", "gettext", "heapq", "inspect"),

@@ -313,7 +313,7 @@ def test_damaged_copy_is_fetched_again_and_damaged_remote_is_named(copy, many, t
     [
         ("s3://bucket/stories", ["data.path=s3://bucket/stories", "boto3", "pip install boto3"]),
         ("gs://bucket/stories", ["pip install 'google-cloud-storage<3.3'"]),
-        ("hf://me/stories", "hf://me/stories: write it as hf://datasets/OWNER/NAME"),
+        ("hf://me/stories", ["data.path=hf://me/stories: write it as hf://datasets/OWNER/NAME"]),
         ("ftp://host/stories", ["ftp:// is not known", "s3"]),
         ("file:///nowhere", ["data.path=file:///nowhere", "check the address"]),
         ("/nowhere", ["/nowhere", "python -m data_prep"]),

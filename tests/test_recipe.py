@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.model.presets import PRESETS, preset_config
+from infini_ds.training.claim import claim
 from infini_ds.training.deepspeed_config import deepspeed_config
 from infini_ds.training.recipe import BatchRecipe, Recipe, ScheduleRecipe, batch_shape, load_recipe
 from infini_ds.training.schedule import factor, gate_factor
-from infini_ds.training.setup import check_writable
 from infini_ds.training.throughput import training_flops_per_token
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -241,21 +241,18 @@ def test_sizes_that_no_model_has_get_a_sentence(override):
 def test_a_folder_that_cannot_be_written_gets_a_sentence(output, tmp_path):
     (tmp_path / "a-file").touch()
     with pytest.raises(ValueError, match=r"^output=.* cannot be written \(.*\): give another output="):
-        check_writable(load_recipe(None, ["batch.rows=4", f"output={tmp_path / output}"]))
+        claim(load_recipe(None, ["batch.rows=4", f"output={tmp_path / output}"]))
 
 
 def test_two_jobs_in_one_folder_are_refused(tmp_path):
-    jobs = """
-import os, sys
+    job = """
+import sys
+from infini_ds.training import claim
 from infini_ds.training.recipe import Recipe
-from infini_ds.training.setup import claim
-recipe = Recipe(name="one", output=sys.argv[1])
-recipe.folder.mkdir()
-claim(recipe)
-claim(recipe)  # the same process goes on
-if os.fork():
-    os.wait()
-else:
-    claim(recipe)
+claim.PATIENCE = 0.5
+claim.claim(Recipe(name="one", output=sys.argv[1]))
 """
-    assert f"another job is training in {tmp_path}/one" in run_script("-c", jobs, tmp_path).stderr
+    held = claim(Recipe(name="one", output=str(tmp_path)))
+    assert f"another job is training in {tmp_path}/one" in run_script("-c", job, tmp_path, code=1).stderr
+    held.close()
+    run_script("-c", job, tmp_path)

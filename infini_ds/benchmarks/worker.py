@@ -72,9 +72,8 @@ def training_step(
     return model, lambda: step(ids)
 
 
-def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
+def training(contender: str, tokens: int, steps: int, shape: Shape, device: torch.device) -> dict:
     """Speed and memory of a training step. The rate of matrix products is measured before each step."""
-    shape, device = Shape(**shape), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, step = training_step(contender, tokens, shape, device)
     memory, times, rates = PeakMemory(device), [], []
     for _ in range(steps):
@@ -92,10 +91,9 @@ def training(contender: str, tokens: int, steps: int, shape: dict) -> dict:
     return result
 
 
-def profile(contender: str, tokens: int, steps: int, shape: dict) -> dict:
+def profile(contender: str, tokens: int, steps: int, shape: Shape, device: torch.device) -> dict:
     """Seconds and calls of each operator in `steps` training steps, without those that it calls, the longest first."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, step = training_step(contender, tokens, Shape(**shape), device)
+    _, step = training_step(contender, tokens, shape, device)
     kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *kinds]) as profiled:
         for _ in range(steps):
@@ -105,9 +103,8 @@ def profile(contender: str, tokens: int, steps: int, shape: dict) -> dict:
     return {"operators": sorted(operators, key=lambda operator: -operator[1])}
 
 
-def generation(contender: str, tokens: int, steps: int, shape: dict) -> dict:
+def generation(contender: str, tokens: int, steps: int, shape: Shape, device: torch.device) -> dict:
     """Time for one more token, one at a time, behind a text of `tokens` tokens; `contender` is infini:G."""
-    shape, device = Shape(**shape), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = build(contender, shape, tokens, device)
     model.eval()
     torch.manual_seed(1)
@@ -146,8 +143,10 @@ def _limit_memory(device: torch.device) -> None:
 
 if __name__ == "__main__":
     try:
-        kinds = {"training": training, "profile": profile, "generation": generation}
-        print(json.dumps(kinds[sys.argv[1]](**json.loads(sys.argv[2]))))
+        measure = {"training": training, "profile": profile, "generation": generation}[sys.argv[1]]
+        task = json.loads(sys.argv[2])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(json.dumps(measure(**task | {"shape": Shape(**task["shape"])}, device=device)))
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a RuntimeError
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise

@@ -90,7 +90,7 @@ class ShardStream(Stream):
         if self.far is None and isinstance(reason, FileNotFoundError):
             raise ShardError(
                 f"{name} is missing: copy it again from where it came, or prepare the data anew with --force"
-            )
+            ) from reason
         raise ShardError(f"{name} cannot be made ready ({reason}): python launch/doctor.py says more") from reason
 
     def _drop_damaged(self, raw, packed) -> None:

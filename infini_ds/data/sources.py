@@ -124,6 +124,8 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
     scheme = remote.partition("://")[0] if "://" in remote else None
     if scheme is not None:
         _check_client(what, scheme)
+    if scheme == "hf" and not re.match("hf://datasets/[^/]+/[^/]+", remote):
+        raise ValueError(f"{what}: write it as hf://datasets/OWNER/NAME, or with a folder behind it")
     partial = cache / f".fetching-{uuid.uuid4().hex}"
     try:
         for name in SMALL_FILES:
@@ -152,8 +154,6 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
 def _check_client(what: str, scheme: str) -> None:
     if scheme not in CLIENTS:
         raise ValueError(f"{what}: {scheme}:// is not known; known are file, {', '.join(CLIENTS)}, or a folder")
-    if scheme == "hf" and not re.match(r".*=hf://datasets/[^/]+/[^/]+", what):
-        raise ValueError(f"{what}: write it as hf://datasets/OWNER/NAME, or with a folder behind it")
     module, packages = CLIENTS[scheme]
     try:
         importlib.import_module(module)

@@ -1,5 +1,7 @@
 """The training loop."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 
@@ -21,7 +23,8 @@ def train(run: Training, stop: Stop | None = None) -> bool:
     stop = stop or Stop()
     stop.at_work = True
     guard, steps = Guard(run), run.recipe.steps
-    with ProgressBar("training", steps, run.state.step, shown=run.process.is_first) as progress:
+    bar = ProgressBar("training", steps, run.state.step, shown=run.process.is_first)
+    with run.claim or nullcontext(), bar as progress:
         announce(run, progress)
         while trouble := make_steps(run, guard, progress, stop):
             progress.say(guard.go_back(trouble))

@@ -1,13 +1,11 @@
 """From a recipe to the parts that the loop needs: model, data, engine, and where the run goes on."""
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from infini_ds.data.sources import Source, check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training import checkpoints
+from infini_ds.training.claim import claim
 from infini_ds.training.deepspeed_config import deepspeed_config, default_file
 from infini_ds.training.footprint import Sharding, Work
 from infini_ds.training.marks import TrainState
@@ -35,8 +34,6 @@ MAY_CHANGE = (
     *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
 )
 
-LEAVING = 10.0  # seconds that the ranks of a job before may need to be gone
-
 
 @dataclass
 class Training:
@@ -52,6 +49,7 @@ class Training:
     validation: ValidationRows
     state: TrainState
     resumed_from: Path | None
+    claim: TextIO | None  # of the first rank, on the run's folder; closed when the training ends
 
     @property
     def model(self) -> InfiniGPTNeoForCausalLM:
@@ -111,9 +109,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     check_vocabulary(recipe, sources[0].folder / "tokenizer")
     data = fingerprint(sources, shape.rows, recipe.data.seed)
 
-    check_writable(recipe)
-    if process.is_first:
-        claim(recipe)
+    held = claim(recipe) if process.is_first else None
 
     from infini_ds.training.engine import build_engine, connect
 
@@ -138,45 +134,8 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
         _, data_state = checkpoints.load(engine, newest)
         stream.load_state_dict(data_state)
     return Training(
-        recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest
+        recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest, held
     )
-
-
-def check_writable(recipe: Recipe) -> None:
-    """Make the run's folder, or raise a ValueError."""
-    try:
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(recipe.folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ValueError(
-            f"output={recipe.output}: {recipe.folder} cannot be written ({error.strerror}): give another output=, or "
-            "mend that folder"
-        ) from error
-
-
-def claim(recipe: Recipe) -> None:
-    """Keep other jobs out of the run's folder as long as this process lives: two would remove each other's checkpoints.
-
-    Raises:
-        ValueError: another job is in it.
-    """
-    # Never closed: a lock of this kind is dropped with any descriptor of the file. It goes with the process, holds on
-    # other nodes too, and is not in the way of a second run of this same process.
-    lock = os.open(recipe.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + LEAVING
-    while True:
-        try:
-            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return None  # the file system has no locks
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"name={recipe.name}: another job is training in {recipe.folder}: wait for its end, or choose "
-                    "another name="
-                ) from error
-        time.sleep(0.2)
 
 
 def check_same_run(recipe: Recipe, data: dict) -> None:
