@@ -19,7 +19,7 @@ from ranks import choose, read
 
 from data_prep.prepare import PrepareOptions, prepare
 from infini_ds.data.shards import ShardStream, is_whole
-from infini_ds.data.shared_memory import SHM, find_kept, remove_stale
+from infini_ds.data.shared_memory import SHM, find_kept, one_start_at_a_time, remove_stale
 from infini_ds.data.sources import check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows
 from infini_ds.training.metrics import read_metrics
@@ -359,6 +359,17 @@ def test_moved_data_go_on_and_other_data_are_refused(many, shards, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             pretrain(shards, tmp_path, "run", *more, "steps=6", *overrides)
+
+
+def test_nothing_is_removed_while_a_run_starts():
+    """What it has made, but does not hold yet, looks like a dead run's from another container."""
+    code = "from infini_ds.data.shared_memory import remove_stale; print(flush=True); remove_stale()"
+    with one_start_at_a_time(first_on_node=True):
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment(), cwd=ROOT)
+        other.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(1)
+    assert other.wait(30) == 0
 
 
 def inode(number: int) -> int | None:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,46 +112,53 @@ def _is_locked(file: Path) -> bool:
     except OSError:  # not ours
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return not _locks(descriptor)
     finally:
         os.close(descriptor)
-    return False
 
 
 def remove_stale() -> list[Kept]:
-    """Remove what this user's dead runs left; returns it."""
-    stale = [kept for kept in find_kept() if kept.stale and kept.ours]
-    for kept in stale:
-        kept.remove()
-    return stale
+    """Remove what this user's dead runs left, while no other run starts; returns it."""
+    with _no_other_start():
+        return _remove_stale()
 
 
 @contextmanager
 def one_start_at_a_time(first_on_node: bool) -> Iterator[None]:
     """Make datasets inside. What dead runs left is removed first. Other runs of this user on this node wait, so that
     none takes for a dead run's what is just being made.
-
-    A run that waits for other nodes inside is not waited for longer than PATIENCE: two runs could wait for each other.
     """
-    lock = os.open(STARTING, os.O_RDWR | os.O_CREAT, 0o600) if first_on_node else None
-    try:
-        if lock is not None:
-            _take(lock)
-            remove_stale()
+    with _no_other_start() if first_on_node else nullcontext():
+        if first_on_node:
+            _remove_stale()
         if dist.is_initialized():
             dist.barrier()
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
-def _take(lock: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+@contextmanager
+def _no_other_start() -> Iterator[None]:
+    """A run that waits for other nodes inside is not waited for longer than PATIENCE: two could wait for each other."""
+    lock, deadline = os.open(STARTING, os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + PATIENCE
+    try:
+        while not _locks(lock) and time.monotonic() < deadline:
             time.sleep(0.05)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _remove_stale() -> list[Kept]:
+    stale = [kept for kept in find_kept() if kept.stale and kept.ours]
+    for kept in stale:
+        kept.remove()
+    return stale
+
+
+def _locks(descriptor: int) -> bool:
+    """Take the lock of a file, if no other process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from data_prep.options import byte_count
 from infini_ds.data.shards import UNFINISHED, is_whole
-from infini_ds.data.shared_memory import SHM, find_kept
+from infini_ds.data.shared_memory import SHM, find_kept, remove_stale
 from infini_ds.data.sources import Source, check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD
 from infini_ds.training.footprint import parameters
@@ -73,8 +73,7 @@ def check_shared_memory(fix: bool) -> Iterator[Finding]:
         if not stale[0].ours:
             yield Finding("shared memory", "warning", f"{what}: they are not yours to remove; tell {user}")
         elif fix:
-            for one in stale:
-                one.remove()
+            remove_stale()
             yield Finding("shared memory", "ok", f"removed {what}")
         elif segments:
             yield Finding("shared memory", "warning", f"{what}: --fix removes them, and so does the next run")

@@ -1,6 +1,6 @@
 """The training loop."""
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ def train(run: Training, stop: Stop | None = None) -> bool:
     stop.at_work = True
     guard, steps = Guard(run), run.recipe.steps
     bar = ProgressBar("training", steps, run.state.step, shown=run.process.is_first)
-    with run.claim or nullcontext(), bar as progress:
+    with closing(run.claim) if run.claim else nullcontext(), bar as progress:
         announce(run, progress)
         while trouble := make_steps(run, guard, progress, stop):
             progress.say(guard.go_back(trouble))
