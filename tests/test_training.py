@@ -187,6 +187,8 @@ def test_finished_run_says_so(runs, shards):
         ("new", ["batch.rows=4000"], ["fewer than one global batch of 4000"]),
         ("new", ["model.preset=tinny"], ["model.preset='tinny'", "study-9m"]),
         ("new", ["model.config.hiden_size=4"], ["model.config.hiden_size", "model.config.hidden_size"]),
+        ("new", ["model.config.window_size=null"], ["model.config.window_size=None must be a whole number"]),
+        ("new", ["model.config.num_heads=two"], ["model.config.num_heads='two' must be a whole number, such as"]),
         ("new", ["model.config.num_heads=5"], ["hidden_size=32", "num_heads=5"]),
         ("new", ["model.config.vocab_size=100"], ["100 embeddings", "512", "--tokenizer"]),
         ("new", ["model.start_from=/nowhere"], ["model.start_from=/nowhere"]),

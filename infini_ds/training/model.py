@@ -16,6 +16,8 @@ from infini_ds.training.processes import Process
 from infini_ds.training.recipe import Recipe
 from infini_ds.training.throughput import memory_free
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
 
 def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfig:
     """The model's configuration: the preset, the recipe's overrides, the data's vocabulary.
@@ -46,11 +48,7 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
                 )
         config = InfiniGPTNeoConfig.from_pretrained(chosen.start_from, **given, **schedule)
     else:
-        known = set(InfiniGPTNeoConfig().to_dict()) | {"attention_types"}
-        for key in set(chosen.config) - known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f": did you mean model.config.{near[0]}?" if near else ": it is no field of GPT-Neo's configuration"
-            raise ValueError(f"unknown key model.config.{key}{hint}")
+        _check_fields(chosen.config)
         tokens = {}
         if manifest is not None:
             data = manifest.tokenizer
@@ -69,6 +67,20 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
             f"{manifest.tokenizer.vocab_size} tokens: prepare the data with the model's own tokenizer (--tokenizer)"
         )
     return config
+
+
+def _check_fields(given: dict) -> None:
+    """Raise a ValueError for a field that there is not, or whose value is of another kind than the default."""
+    defaults = InfiniGPTNeoConfig().to_dict()
+    known = set(defaults) | {"attention_types"}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean model.config.{near[0]}?" if near else ": it is no field of GPT-Neo's configuration"
+            raise ValueError(f"unknown key model.config.{key}{hint}")
+        kind = type(defaults.get(key))
+        if kind in KINDS and type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"model.config.{key}={value!r} must be {KINDS[kind]}, such as {defaults[key]}")
 
 
 def check_start(folder: Path) -> None:
