@@ -31,13 +31,14 @@ format: $(INSTALLED)
 
 # torch first and by itself, since its own dependencies differ from machine to machine; then all else, exactly as
 # locked. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
-$(INSTALLED): requirements.lock
+$(INSTALLED): requirements.lock setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.11" >&2; exit 2; }
 	@echo "=== installing into .venv (two to three minutes)"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
 	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Needs `uv`. lock-overrides.txt says what is left out.

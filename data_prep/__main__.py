@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from data_prep.options import BAD_UTF8, PrepareOptions, byte_count
 from data_prep.sources import SOURCES
+from infini_ds.utils.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +22,7 @@ def size(text: str) -> int:
     """`byte_count` with the error that argparse shows as it is."""
     try:
         return byte_count(text)
-    except ValueError as error:
+    except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
@@ -81,7 +82,7 @@ def main() -> int:
         from data_prep.prepare import prepare  # slow to import, so --help and a misspelled option do not wait for it
 
         prepare(options)
-    except ValueError as error:
+    except UserError as error:
         print(f"data_prep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.corpus import Split
-from data_prep.cutting import cut, may_cut
 from data_prep.sources import Document
+from data_prep.splits import Split
+from data_prep.text_chunks import cut, may_cut
+from infini_ds.utils.errors import UserError
 
 BATCH = 1 << 19  # characters that go to a process at once, at least
 
@@ -65,7 +66,7 @@ def encode_documents(
             while waiting:
                 yield from collect(*waiting.popleft())
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise UserError(
                 f"--workers {workers}: a tokenizing process was killed, most often for want of memory; "
                 "pass a smaller number"
             ) from error

@@ -7,9 +7,10 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from data_prep.corpus import Skipped
 from data_prep.shards import SplitCounts
+from data_prep.splits import Skipped
 from data_prep.tokenizer import TokenizerFacts
+from infini_ds.utils.errors import UserError
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
@@ -46,17 +47,17 @@ def load_manifest(folder: str | Path) -> Manifest:
     path = Path(folder, NAME)
     remedy = "make it with `python -m data_prep`"
     if not path.parent.is_dir():
-        raise ValueError(f"{folder}: there is no such folder of prepared data; {remedy}")
+        raise UserError(f"{folder}: there is no such folder of prepared data; {remedy}")
     if not path.is_file():
-        raise ValueError(f"{folder}: it holds no {NAME}, so it is no finished folder of prepared data; {remedy}")
+        raise UserError(f"{folder}: it holds no {NAME}, so it is no finished folder of prepared data; {remedy}")
     try:
         fields = json.loads(path.read_text())
         if fields["format_version"] != FORMAT_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: its format is version {fields['format_version']} and this program's is {FORMAT_VERSION}; "
                 f"{remedy} --force"
             )
         parts = {"tokenizer": TokenizerFacts, "train": SplitCounts, "validation": SplitCounts, "skipped": Skipped}
         return Manifest(**fields | {name: part(**fields[name]) for name, part in parts.items()})
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: it is damaged ({error}); {remedy} --force") from error
+        raise UserError(f"{path}: it is damaged ({error}); {remedy} --force") from error

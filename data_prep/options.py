@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import SOURCES, ReadOptions, Source, find_source
+from infini_ds.utils.errors import UserError
 
 BAD_UTF8 = ("error", "replace", "skip")
 TRAIN_TOKENIZER = "train"
@@ -20,7 +21,7 @@ def byte_count(text: str) -> int:
     """67108864, 64M, 64MB and 64MiB are the same. Raises a ValueError sentence."""
     match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", text.lower())
     if match is None:
-        raise ValueError(f"{text!r} is no number of bytes; write it as 67108864 or 64MiB")
+        raise UserError(f"{text!r} is no number of bytes; write it as 67108864 or 64MiB")
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -103,7 +104,7 @@ def check(options: PrepareOptions) -> None:
         sources.append(find_source("--validation-source", options.validation_source)[0])
     check_splits(options, sources)
     if options.trains_tokenizer and any(found.words != sources[0].words for found in sources):
-        raise ValueError(
+        raise UserError(
             f"--validation-source {options.validation_source}: its text and that of --source {options.source} have no "
             "words in common; take the same kind of source for both, or name a --tokenizer"
         )
@@ -111,36 +112,36 @@ def check(options: PrepareOptions) -> None:
     if separator is not None:
         if not any(found.has_files_of_text for found in sources):
             form = next(found.form for found in SOURCES.values() if found.has_files_of_text)
-            raise ValueError(f"--document-separator {separator!r}: only a {form} source has files to divide")
+            raise UserError(f"--document-separator {separator!r}: only a {form} source has files to divide")
         if not separator.strip() or separator != separator.strip() or "\n" in separator:
-            raise ValueError(
+            raise UserError(
                 f"--document-separator {separator!r}: give the text of one line, such as '<|endoftext|>', and no white "
                 "space around it"
             )
     if options.bad_utf8 not in BAD_UTF8:
-        raise ValueError(f"--bad-utf8 {options.bad_utf8}: choose {', '.join(BAD_UTF8)}")
+        raise UserError(f"--bad-utf8 {options.bad_utf8}: choose {', '.join(BAD_UTF8)}")
     if not 0 < options.validation_fraction < 1:
-        raise ValueError(
+        raise UserError(
             f"--validation-fraction {options.validation_fraction}: give a share between 0 and 1, such as 0.02"
         )
     if options.sequence_length < 2:
-        raise ValueError(
+        raise UserError(
             f"--sequence-length {options.sequence_length}: a row needs 2 tokens or more, one to predict the other"
         )
     if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers {options.workers}: at least 1 process has to tokenize")
+        raise UserError(f"--workers {options.workers}: at least 1 process has to tokenize")
     if options.trains_tokenizer and options.vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
+        raise UserError(
             f"--vocab-size {options.vocab_size}: give {SMALLEST_VOCABULARY} or more (256 bytes, 2 special tokens)"
         )
     if options.trains_tokenizer and options.tokenizer_bytes < 1:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-bytes {options.tokenizer_bytes}: a tokenizer needs text to learn from; give 1000000 or more"
         )
     # A row of uint32 tokens whose documents are all one token long: the largest there is, with its header in the shard.
     largest_row = 8 * options.sequence_length + 1024
     if not largest_row <= options.shard_bytes < 2**32:
-        raise ValueError(
+        raise UserError(
             f"--shard-bytes {options.shard_bytes}: with --sequence-length {options.sequence_length} "
             f"give {largest_row} to {2**32 - 1}"
         )
@@ -156,11 +157,11 @@ def check_splits(options: PrepareOptions, sources: list[Source]) -> None:
     ):
         if asked and not source.has_splits:
             value = getattr(options, name.replace("-", "_"))
-            raise ValueError(
+            raise UserError(
                 f"--{name} {value}: a {source.form} source has none; use {with_splits}, or --validation-source"
             )
     if options.validation_source is None and options.validation_split == options.split:
-        raise ValueError(f"--validation-split {options.split}: that is the split trained on; name another")
+        raise UserError(f"--validation-split {options.split}: that is the split trained on; name another")
 
 
 def shaping(options: PrepareOptions) -> dict[str, Any]:

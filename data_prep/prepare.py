@@ -12,15 +12,16 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from data_prep.corpus import Skipped, split_documents, training_texts, validation_digests
+from data_prep.atomic_dir import LOCK, build_folder
 from data_prep.encode import encode_documents
-from data_prep.folder import LOCK, build_folder
 from data_prep.manifest import FORMAT_VERSION, NAME, Manifest, load_manifest, package_versions, save_manifest
 from data_prep.options import PrepareOptions, check, shaping
+from data_prep.packing import token_dtype
 from data_prep.progress import Progress, show_progress
-from data_prep.rows import token_dtype
 from data_prep.shards import split_writer
+from data_prep.splits import Skipped, split_documents, training_texts, validation_digests
 from data_prep.tokenizer import TokenizerFacts, load_tokenizer, save_tokenizer, train_tokenizer, word_tokenizer
+from infini_ds.utils.errors import UserError
 
 __all__ = ["Manifest", "PrepareOptions", "load_manifest", "prepare", "summary"]
 
@@ -56,19 +57,19 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Manifest:
 def find_finished(out: Path, options: PrepareOptions) -> Manifest | None:
     """The manifest of a folder that can stay, None where --force lets it be replaced; else ValueError."""
     if not (out / NAME).is_file():
-        raise ValueError(
+        raise UserError(
             f"--out {out}: it is there already and data_prep did not finish it; name another, or remove it yourself"
         )
     differing = differences(load_manifest(out), options) if not options.force else None
     if differing == "":
         return load_manifest(out)
     if differing:
-        raise ValueError(
+        raise UserError(
             f"--out {out}: it was made with other options ({differing}); pass --force to replace it, or another --out"
         )
     foreign = sorted(path.name for path in out.iterdir() if path.name not in ENTRIES)
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"--force: {out} also holds {', '.join(foreign)}, which data_prep did not write; move that away first"
         )
     return None
@@ -142,18 +143,16 @@ def check_splits_filled(options: PrepareOptions, train: int, validation: int, sk
     """Raises a ValueError sentence where a split has no document."""
     left_out = f"{skipped.empty} empty, {skipped.undecodable} undecodable, {skipped.duplicates} also in validation"
     if not train and not validation:
-        raise ValueError(
+        raise UserError(
             f"--source {options.source}: it gives no document ({left_out}); choose a source with text in it"
         )
     if not train:
-        raise ValueError(
-            f"--source {options.source}: no document is left to train on ({left_out}); give more documents"
-        )
+        raise UserError(f"--source {options.source}: no document is left to train on ({left_out}); give more documents")
     if not validation and options.separate_validation:
         read = options.validation
-        raise ValueError(f"{read.option} {read.source} (split {read.split}): it gives no document; name one that does")
+        raise UserError(f"{read.option} {read.source} (split {read.split}): it gives no document; name one that does")
     if not validation:
-        raise ValueError(
+        raise UserError(
             f"--validation-fraction {options.validation_fraction}: none of the {train} documents fell to validation; "
             "pass a larger share, or --validation-source"
         )
@@ -164,13 +163,13 @@ def explained(error: Exception, out: Path) -> Exception:
     number = error.errno if isinstance(error, OSError) else None
     # `tokenizers` passes the system's words on without the number.
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return ValueError(f"--out {out}: the disk is full ({error}); free some space or name a folder on another disk")
+        return UserError(f"--out {out}: the disk is full ({error}); free some space or name a folder on another disk")
     if number in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-        return ValueError(
+        return UserError(
             f"--out {out}: something there is in the way ({error}); look at it, then run again or name another"
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ValueError(
+        return UserError(
             f"--out {out}: not permitted ({error}); name a folder that you may write, and a source you may read"
         )
     return error

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from infini_ds.utils.errors import UserError
+
 
 def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -100,7 +102,7 @@ class Writer:
         of_word = {word: self.tokenize(f" {word}") for word in FILLER}
         short = [word for word in FILLER if len(of_word[word]) == 1]
         if tokens and not short:
-            raise ValueError("recall: the tokenizer cuts each word of the filler in pieces; take a larger vocabulary")
+            raise UserError("recall: the tokenizer cuts each word of the filler in pieces; take a larger vocabulary")
         at, end = self.rng.randrange(len(FILLER)), self.at + tokens
         while self.at < end:
             word = FILLER[at % len(FILLER)]
@@ -331,12 +333,12 @@ class Question(Recall):
 
 def within(option: str, value: int, low: int, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{option}={value}: give {low} " + (f"to {high}" if high < math.inf else "or more"))
+        raise UserError(f"{option}={value}: give {low} " + (f"to {high}" if high < math.inf else "or more"))
 
 
 def among(option: str, value: str, *known: str) -> None:
     if value not in known:
-        raise ValueError(f"{option}={value}: choose {', '.join(known)}")
+        raise UserError(f"{option}={value}: choose {', '.join(known)}")
 
 
 def find_task(text: str) -> Task:
@@ -346,13 +348,13 @@ def find_task(text: str) -> Task:
     """
     name, *given = text.split(",")
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; {near(name, TASKS)}")
+        raise UserError(f"unknown task {name!r}; {near(name, TASKS)}")
     kinds = {field.name: type(field.default) for field in fields(TASKS[name])}
     options: dict[str, Any] = {}
     for option in given:
         key, _, value = option.partition("=")
         if key not in kinds:
-            raise ValueError(f"{text}: {name} has no option {key!r}; {near(key, kinds)}")
+            raise UserError(f"{text}: {name} has no option {key!r}; {near(key, kinds)}")
         options[key] = read_value(key, value, kinds[key])
     found = TASKS[name](**options)
     within("documents", found.documents, 1, math.inf)
@@ -374,12 +376,12 @@ def read_value(key: str, value: str, kind: type) -> Any:
     match = re.fullmatch(form, value)
     if match is None:
         wanted = "a whole number, or two of them such as 32-512" if kind is Span else "a whole number"
-        raise ValueError(f"{key}={value}: give {wanted}")
+        raise UserError(f"{key}={value}: give {wanted}")
     if kind is int:
         return int(value)
     low, high = int(match[1]), int(match[2] or match[1])
     if high < low:
-        raise ValueError(f"{key}={value}: the smaller number comes first")
+        raise UserError(f"{key}={value}: the smaller number comes first")
     return Span(low, high)
 
 

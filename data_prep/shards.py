@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.encode import Encoded
-from data_prep.rows import Packer, encode_row, mds_columns
+from data_prep.packing import Packer, encode_row, mds_columns
 
 
 @dataclass
@@ -47,7 +47,7 @@ def split_writer(
     folder: Path, sequence_length: int, vocab_size: int, pad_id: int, shard_bytes: int, has_answers: bool
 ) -> Iterator[SplitWriter]:
     """A writer to `folder`. The index, without which the shards are nothing, is written where the block ends well."""
-    from data_prep.mosaic import MDSWriter
+    from infini_ds.streaming_compat.library import MDSWriter
 
     mds = MDSWriter(
         columns=mds_columns(sequence_length, vocab_size, has_answers),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.recall import WORDS, documents, find_tasks
+from infini_ds.utils.errors import UserError
 
 
 class Document(NamedTuple):
@@ -42,8 +43,8 @@ class ReadOptions:
     bad_utf8: str
     document_separator: str | None
 
-    def error(self, sentence: str) -> ValueError:
-        return ValueError(f"{self.option} {self.source}: {sentence}")
+    def error(self, sentence: str) -> UserError:
+        return UserError(f"{self.option} {self.source}: {sentence}")
 
 
 Reader = Callable[[str, ReadOptions], Iterator[Document]]
@@ -86,10 +87,10 @@ def find_source(option: str, text: str) -> tuple[Source, str]:
     if kind not in SOURCES:
         near = difflib.get_close_matches(kind, SOURCES, n=1, cutoff=0.4)
         hint = f"did you mean {SOURCES[near[0]].form}? " if near else ""
-        raise ValueError(f"{option} {text}: unknown kind {kind!r}; {hint}The kinds are {forms}")
+        raise UserError(f"{option} {text}: unknown kind {kind!r}; {hint}The kinds are {forms}")
     found = SOURCES[kind]
     if (":" in found.form) != bool(argument):
-        raise ValueError(f"{option} {text}: write it as {found.form}")
+        raise UserError(f"{option} {text}: write it as {found.form}")
     return found, argument
 
 
@@ -105,7 +106,7 @@ def decode(name: str, data: bytes, bad_utf8: str, offset: int = 0) -> Document:
         return Document(name, data.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         if bad_utf8 == "error":
-            raise ValueError(
+            raise UserError(
                 f"--bad-utf8 error: {name} is not UTF-8 at byte {offset + error.start}; "
                 "mend it, or pass --bad-utf8 replace or skip"
             ) from None
@@ -118,11 +119,11 @@ def take_column(name: str, row: dict[str, Any], options: ReadOptions) -> Documen
     """The text column of a row; null counts as an empty document."""
     column = options.text_column
     if column not in row:
-        raise ValueError(f"--text-column {column}: {name} has no such column; it has {', '.join(map(str, row))}")
+        raise UserError(f"--text-column {column}: {name} has no such column; it has {', '.join(map(str, row))}")
     text = row[column]
     kind = type(text).__name__
     if kind not in ("str", "NoneType"):
-        raise ValueError(f"--text-column {column}: {name} holds {kind} there, not text; choose another column")
+        raise UserError(f"--text-column {column}: {name} holds {kind} there, not text; choose another column")
     # JSON may escape half a surrogate pair, which is a str in Python and no text in UTF-8.
     return decode(name, (text or "").encode(errors="surrogatepass"), options.bad_utf8)
 
@@ -236,7 +237,7 @@ def read_parquet(files: str, options: ReadOptions) -> Iterator[Document]:
         except pyarrow.ArrowInvalid as error:
             raise options.error(f"{path} is not a Parquet file ({error})") from None
         if column not in file.schema_arrow.names:
-            raise ValueError(
+            raise UserError(
                 f"--text-column {column}: {path} has no such column; it has {', '.join(file.schema_arrow.names)}"
             )
         number = 0
@@ -244,7 +245,7 @@ def read_parquet(files: str, options: ReadOptions) -> Iterator[Document]:
             try:
                 texts = batch.column(0).cast(pyarrow.large_binary())
             except pyarrow.ArrowNotImplementedError:
-                raise ValueError(
+                raise UserError(
                     f"--text-column {column}: {path} holds {batch.schema.types[0]} there, not text; "
                     "choose another column"
                 ) from None
@@ -271,7 +272,7 @@ def read_recall(tasks: str, options: ReadOptions) -> Iterator[Document]:
     """Examples that only a memory can answer, made on the spot: "TASK,option=value,...+TASK,..."."""
     try:
         found = find_tasks(tasks)
-    except ValueError as error:
+    except UserError as error:
         raise options.error(str(error)) from None
     for number, (task, example) in enumerate(documents(found)):
         answers = example.spans if task.learn == "answers" else None

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data_prep.cutting import cut
 from data_prep.sources import first_line
+from data_prep.text_chunks import cut
+from infini_ds.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, byte_limit: int) -> "
     run_interruptibly(tokenizer, pieces, trainer)
     learned = tokenizer.get_vocab_size()
     if learned < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--vocab-size {vocab_size}: the training text gives no more than {learned} tokens; "
             f"ask for {learned} or fewer, "
             "or give more text (--source, --tokenizer-bytes)"
@@ -119,19 +120,19 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     try:
         loaded = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # from OSError to KeyError, by what is wrong and by version
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {name}: no tokenizer of that name in a folder here or on the hub ({first_line(error)}); "
             "name a folder that holds tokenizer.json, or pass --tokenizer train"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {name}: it is a slow tokenizer without tokenizer.json; convert it to a fast one first"
         )
     roles = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
     special = {role: str(getattr(loaded, role)) for role in roles if getattr(loaded, role, None) is not None}
     if not special.keys() & {"bos_token", "eos_token"}:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {name}: {no_boundary('its tokenizer_config.json names neither bos_token nor eos_token')}"
         )
     return wrap(backend, **special)
@@ -146,16 +147,16 @@ def load_bare_folder(folder: Path) -> "PreTrainedTokenizerFast":
         elif vocab.exists() and merges.exists():
             tokenizer = byte_level(models.BPE.from_file(str(vocab), str(merges)))
         else:
-            raise ValueError(f"--tokenizer {folder}: it holds neither tokenizer.json nor vocab.json and merges.txt")
-    except ValueError:
+            raise UserError(f"--tokenizer {folder}: it holds neither tokenizer.json nor vocab.json and merges.txt")
+    except UserError:
         raise
     except Exception as error:  # `tokenizers` raises plain Exception
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {folder}: its files cannot be read ({first_line(error)}); fetch them again"
         ) from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         reason = f"without tokenizer_config.json it needs {END_OF_TEXT} in its vocabulary"
-        raise ValueError(f"--tokenizer {folder}: {no_boundary(reason)}")
+        raise UserError(f"--tokenizer {folder}: {no_boundary(reason)}")
     return wrap(tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
 
 

@@ -17,17 +17,16 @@ import platform
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from infini_ds.benchmarks.contenders import OTHERS, Shape, check_name
 from infini_ds.benchmarks.measure import Plan, run, summarize
+from infini_ds.distributed.entry_point import run_main
 from infini_ds.evaluation.plots import speed_and_memory
 from infini_ds.model.presets import preset_config
-from infini_ds.training.processes import launch
+from infini_ds.utils.errors import UserError
 
 OPERATORS = 20  # of a profile that have a line of their own
 
@@ -51,11 +50,11 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     for name in ("lengths", "segment_length", "width", "layers", "heads", "vocabulary", "steps", "rounds"):
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for contender in args.contenders:
         check_name(contender)
         if args.generation and not contender.startswith("infini:"):
-            raise ValueError(f"--contenders {contender}: --generation is measured for infini:G alone")
+            raise UserError(f"--contenders {contender}: --generation is measured for infini:G alone")
     return args
 
 
@@ -65,7 +64,7 @@ def chosen_shape(args: argparse.Namespace) -> Shape:
         config = preset_config(args.preset)
         width, layers, heads = config.hidden_size, config.num_layers, config.num_heads
     if width % heads:
-        raise ValueError(f"--width {width} is not divisible by --heads {heads}")
+        raise UserError(f"--width {width} is not divisible by --heads {heads}")
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     return Shape(width, layers, heads, args.vocabulary, args.segment_length, args.rule, precision, args.compile)
 
@@ -162,4 +161,4 @@ def generation_table(cases: dict[tuple[int, str], dict]) -> Table:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -9,13 +9,19 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 from rich.table import Table
 
-from infini_ds.training.marks import MARK, Mark, damage, good_checkpoints, read_mark, unfinished_checkpoints
-from infini_ds.training.processes import launch
+from infini_ds.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    complete_checkpoints,
+    find_damage,
+    incomplete_checkpoints,
+    read_manifest,
+)
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.utils.errors import UserError
 
 MIB = 2**20
 
@@ -35,20 +41,22 @@ def find(path: Path) -> tuple[list[Path], list[Path]]:
     """The finished and the unfinished checkpoints that a path names: itself, or those of a run.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
-    if (path / MARK).is_file():
+    if (path / MANIFEST).is_file():
         return [path], []
-    good, unfinished = good_checkpoints(path), unfinished_checkpoints(path)
+    good, unfinished = complete_checkpoints(path), incomplete_checkpoints(path)
     if good or unfinished:
         return good, unfinished
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder; give that of a run, output/name of its recipe")
+        raise UserError(f"{path}: there is no such folder; give that of a run, output/name of its recipe")
     run = path.absolute().parent.parent
-    if path.absolute() in unfinished_checkpoints(run):
-        raise ValueError(f"{path} is not finished (no {MARK}), and no run goes on from it: give another one of {run}")
-    raise ValueError(
-        f"{path} is neither a checkpoint ({MARK}) nor a run that has one (checkpoints/step-...): give the folder "
+    if path.absolute() in incomplete_checkpoints(run):
+        raise UserError(
+            f"{path} is not finished (no {MANIFEST}), and no run goes on from it: give another one of {run}"
+        )
+    raise UserError(
+        f"{path} is neither a checkpoint ({MANIFEST}) nor a run that has one (checkpoints/step-...): give the folder "
         "output/name of a recipe"
     )
 
@@ -57,10 +65,10 @@ def list_run(run: Path) -> None:
     table = Table("checkpoint", "tokens", "validation loss", "ranks", "MiB", "written (UTC)", "state", box=None)
     finished, unfinished = find(run)
     for checkpoint in finished:
-        found = damage(checkpoint, read=False)
+        found = find_damage(checkpoint, read=False)
         try:
-            cells = cells_of(read_mark(checkpoint))
-        except ValueError:
+            cells = cells_of(read_manifest(checkpoint))
+        except UserError:
             cells = [""] * 5
         table.add_row(checkpoint.name, *cells, f"damaged: {'; '.join(found)}" if found else "finished")
     for checkpoint in unfinished:
@@ -68,7 +76,7 @@ def list_run(run: Path) -> None:
     show(table)
 
 
-def cells_of(mark: Mark) -> list[str]:
+def cells_of(mark: CheckpointManifest) -> list[str]:
     loss = "" if mark.validation_loss is None else f"{mark.validation_loss:.4f}"
     size = sum(file.bytes for file in mark.files.values()) / MIB
     written = mark.written.partition("+")[0].replace("T", " ")
@@ -79,8 +87,8 @@ def inspect(checkpoint: Path) -> None:
     finished, unfinished = find(checkpoint)
     if finished != [checkpoint]:
         newest = (finished or unfinished)[-1]
-        raise ValueError(f"{checkpoint} is a run: give one of its checkpoints, such as {newest}")
-    mark = read_mark(checkpoint)
+        raise UserError(f"{checkpoint} is a run: give one of its checkpoints, such as {newest}")
+    mark = read_manifest(checkpoint)
     loss = "not measured" if mark.validation_loss is None else f"{mark.validation_loss:.6f}"
     facts = {
         "checkpoint": checkpoint,
@@ -100,7 +108,7 @@ def verify_all(path: Path) -> None:
     damaged = 0
     finished, unfinished = find(path)
     for checkpoint in finished:
-        found = damage(checkpoint)
+        found = find_damage(checkpoint)
         damaged += bool(found)
         print(f"{checkpoint}: {'; '.join(found) or 'whole'}", flush=True)
     for checkpoint in unfinished:
@@ -114,4 +122,4 @@ def show(table: Table) -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

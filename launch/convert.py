@@ -5,17 +5,15 @@ python launch/convert.py --from-gpt-neo FOLDER --out infini-neo      a GPT-Neo, 
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from infini_ds.conversion.export import export, push_to_hub
 from infini_ds.conversion.gpt_neo import GATES, from_gpt_neo
 from infini_ds.conversion.locate import locate
-from infini_ds.training.processes import launch
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.utils.errors import UserError
 
 
 def main() -> None:
@@ -31,7 +29,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="with --push-to-hub")
     args = parser.parse_args()
     if (args.source is None) == (args.from_gpt_neo is None):
-        raise ValueError("give either a run (or checkpoint), or --from-gpt-neo FOLDER")
+        raise UserError("give either a run (or checkpoint), or --from-gpt-neo FOLDER")
     if args.from_gpt_neo:
         refuse(args, "dtype", "without --from-gpt-neo")
         length = 128 if args.segment_length is None else args.segment_length
@@ -41,7 +39,7 @@ def main() -> None:
         refuse(args, "gates", "with --from-gpt-neo")
         source = locate(args.source)
         if source.checkpoint is None:
-            raise ValueError(f"{args.source} is already in Hugging Face format")
+            raise UserError(f"{args.source} is already in Hugging Face format")
         export(source, args.out, args.max_shard_size, getattr(torch, args.dtype or "float32"))
     print(f"written: {args.out}")
     if args.push_to_hub:
@@ -51,8 +49,8 @@ def main() -> None:
 def refuse(args: argparse.Namespace, name: str, where: str) -> None:
     value = getattr(args, name)
     if value is not None:
-        raise ValueError(f"--{name.replace('_', '-')} {value} has a meaning only {where}")
+        raise UserError(f"--{name.replace('_', '-')} {value} has a meaning only {where}")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

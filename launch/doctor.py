@@ -11,17 +11,16 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.text import Text
 
-from infini_ds.training.doctor import Finding, examine
-from infini_ds.training.meeting import meet
-from infini_ds.training.processes import Process, disconnect, identify, launch
-from infini_ds.training.recipe import load_recipe
+from infini_ds.config.recipe import load_recipe
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.environment import DistEnv, detect_environment, shutdown
+from infini_ds.distributed.rendezvous_check import meet
+from infini_ds.planning.doctor import Finding, examine
+from infini_ds.utils.errors import UserError
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -31,13 +30,13 @@ def show(finding: Finding, console: Console) -> None:
     console.print(line, soft_wrap=True)
 
 
-def meet_as_rank(process: Process, seconds: float) -> Finding:
+def meet_as_rank(process: DistEnv, seconds: float) -> Finding:
     try:
         return Finding("ranks", "ok", meet(process, seconds))
-    except ValueError as error:
+    except UserError as error:
         return Finding("ranks", "problem", str(error))
     finally:
-        disconnect()
+        shutdown()
 
 
 def meet_here(ranks: int, seconds: float) -> Finding:
@@ -76,8 +75,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     if args.ranks < 1 or not args.seconds > 0:
-        raise ValueError(f"--ranks {args.ranks} --seconds {args.seconds}: give 1 or more, and a time above 0")
-    process = identify()
+        raise UserError(f"--ranks {args.ranks} --seconds {args.seconds}: give 1 or more, and a time above 0")
+    process = detect_environment()
     recipe = None if args.only_ranks else load_recipe(args.config, args.overrides)
     console = Console(highlight=False)
     problems = 0
@@ -95,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -20,15 +20,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 
 from infini_ds.data.sources import find_sources
-from infini_ds.evaluation import blimp, finetuning, glue, glue_texts, position, ranks, recall, summary
-from infini_ds.evaluation.session import EVALUATION, Session, earlier_tasks, write_json
-from infini_ds.evaluation.subject import Subject, load
-from infini_ds.training.processes import disconnect, identify, launch, share_threads
+from infini_ds.distributed import collectives
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.environment import detect_environment, set_cpu_threads, shutdown
+from infini_ds.evaluation import blimp, finetuning, glue, glue_texts, position, recall, summary
+from infini_ds.evaluation.model_loading import EvaluatedModel, load
+from infini_ds.evaluation.result_cache import EVALUATION, ResultCache, earlier_tasks, write_json
+from infini_ds.utils.errors import UserError
 
 CACHE = "data/cache"  # where shards of an address are kept
 
@@ -55,30 +56,30 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     for task in args.tasks:
         if task not in TASKS:
-            raise ValueError(f"--tasks {task} is not one of {', '.join(TASKS)}")
+            raise UserError(f"--tasks {task} is not one of {', '.join(TASKS)}")
     for name, least in (("batch_tokens", 1), ("rows", 0), ("limit", 0), ("seed", 0), ("examples", 2), ("segments", 0)):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     return args
 
 
-def run_position(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+def run_position(args: argparse.Namespace, subject: EvaluatedModel, session: ResultCache) -> dict:
     if args.data is None and subject.run is None:
-        raise ValueError(f"{args.model} is no run, so its data are not known: name a folder of data_prep with --data")
+        raise UserError(f"{args.model} is no run, so its data are not known: name a folder of data_prep with --data")
     sources = position.sources_of(subject.run) if args.data is None else find_sources(args.data, [], CACHE)
     return position.measure(subject, sources, args.rows or None, session)
 
 
-def run_blimp(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+def run_blimp(args: argparse.Namespace, subject: EvaluatedModel, session: ResultCache) -> dict:
     return blimp.measure(subject, blimp.read_paradigms(args.blimp, args.limit or None), args.blimp, session)
 
 
-def run_recall(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+def run_recall(args: argparse.Namespace, subject: EvaluatedModel, session: ResultCache) -> dict:
     return recall.measure(subject, list(args.recall), sorted(set(args.segments)), args.examples, args.seed, session)
 
 
-def run_glue(args: argparse.Namespace, subject: Subject, session: Session) -> dict:
+def run_glue(args: argparse.Namespace, subject: EvaluatedModel, session: ResultCache) -> dict:
     settings = finetuning.settings_of(args.finetune)
     return glue.measure(subject, args.glue, args.glue_tasks, settings, args.seed, args.limit or None, session)
 
@@ -88,12 +89,12 @@ TASKS = {"position": run_position, "recall": run_recall, "blimp": run_blimp, "gl
 
 def main() -> None:
     args = options()
-    process = identify()
-    share_threads(process)
-    ranks.connect(process)
+    process = detect_environment()
+    set_cpu_threads(process)
+    collectives.init_gloo(process)
     subject = load(args.model, process.device)
     folder = args.out or subject.folder
-    session = Session(folder, subject.identity(), args.batch_tokens)
+    session = ResultCache(folder, subject.identity(), args.batch_tokens)
     command = shlex.join(["python", *sys.argv])
     evaluation = {
         "model": subject.facts(),
@@ -112,7 +113,7 @@ def main() -> None:
         summary.picture(asked, folder)
         summary.show(evaluation["model"], asked, Console(width=None if sys.stdout.isatty() else 120))
         print(f"Written to {folder}")
-    disconnect()
+    shutdown()
 
 
 def versions() -> dict[str, str]:
@@ -120,4 +121,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -9,14 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from transformers import TextStreamer
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
+from infini_ds.distributed.entry_point import run_main
 from infini_ds.evaluation.generation import bound_prompts, prompt_ids
-from infini_ds.training.processes import launch
+from infini_ds.utils.errors import UserError
 
 
 def main() -> None:
@@ -32,9 +31,9 @@ def main() -> None:
     args = parser.parse_args()
     for name, value, least in (("--max-new-tokens", args.max_new_tokens, 1), ("--temperature", args.temperature, 0)):
         if value < least:
-            raise ValueError(f"{name} {value} must be at least {least}")
+            raise UserError(f"{name} {value} must be at least {least}")
     if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p} must be above 0 and at most 1")
+        raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
     prompts = read_prompts(args)
     source = locate(args.model)
     tokenizer, model = load_tokenizer(source), load_model(source)
@@ -58,20 +57,20 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """From arguments, files, or standard input.
 
     Raises:
-        ValueError: a file that is missing or is no UTF-8 text, or no prompt at all.
+        UserError: a file that is missing or is no UTF-8 text, or no prompt at all.
     """
     prompts = list(args.prompt)
     for file in args.file:
         try:
             prompts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--file {file} cannot be read as text: {error}") from error
+            raise UserError(f"--file {file} cannot be read as text: {error}") from error
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read().removesuffix("\n")]
     if not any(prompts):
-        raise ValueError("there is no prompt: give --prompt TEXT, --file FILE, or text on standard input")
+        raise UserError("there is no prompt: give --prompt TEXT, --file FILE, or text on standard input")
     return prompts
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

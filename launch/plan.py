@@ -11,20 +11,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.manifest import load_manifest
-from infini_ds.training.deepspeed_config import deepspeed_config, default_file
-from infini_ds.training.footprint import SPARE, Sharding, Work, parameters
-from infini_ds.training.model import model_config
-from infini_ds.training.plan import CARDS, Device, Plan, card
-from infini_ds.training.processes import identify, launch
-from infini_ds.training.recipe import Recipe, batch_shape, load_recipe
-from infini_ds.training.schedule import gate_reach
-from infini_ds.training.throughput import memory_free, peak_flops, training_flops_per_token
+from infini_ds.config.deepspeed_config import deepspeed_config, default_file
+from infini_ds.config.lr_schedule import gate_reach
+from infini_ds.config.model_config import model_config
+from infini_ds.config.recipe import Recipe, batch_shape, load_recipe
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.environment import detect_environment
+from infini_ds.planning.hardware import memory_free, peak_flops, training_flops_per_token
+from infini_ds.planning.memory_estimate import HEADROOM, Workload, ZeroSharding, parameters
+from infini_ds.planning.plan import CARDS, Device, Plan, card
+from infini_ds.utils.errors import UserError
 
 GIB = 2**30
 
@@ -51,20 +51,20 @@ def main() -> None:
 def make_plan(recipe: Recipe) -> Plan:
     """
     Raises:
-        ValueError: the recipe's batch, model, card or DeepSpeed's JSON are not possible, or the data is not there and
+        UserError: the recipe's batch, model, card or DeepSpeed's JSON are not possible, or the data is not there and
             nothing says how long rows will be.
     """
     choice = recipe.plan
     path = recipe.data.streams[0].path if recipe.data.streams else recipe.data.path
     here = Path(path, "manifest.json").is_file()
     if choice.sequence_length is None and not here:
-        raise ValueError(
+        raise UserError(
             f"data.path={path} holds no prepared data yet: say how long its rows will be with --sequence-length"
         )
     manifest = load_manifest(path) if here else None
     tokens = choice.sequence_length or manifest.sequence_length
     named = choice.gpu is not None or choice.memory is not None
-    process = identify()
+    process = detect_environment()
     if named:
         kind, precision = "cuda", "bf16" if recipe.precision == "auto" else recipe.precision
     else:
@@ -82,9 +82,9 @@ def make_plan(recipe: Recipe) -> Plan:
         device = Device(f"this machine ({kind})", memory_free(process), peak_flops(process.device, precision))
     shape = batch_shape(recipe.batch, tokens, choice.gpus)
     file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    sharding = Sharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus)
+    sharding = ZeroSharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus)
     config = model_config(recipe, manifest)
-    return Plan(recipe, config, shape, device, Work.of(recipe, config, shape, tokens, precision), sharding)
+    return Plan(recipe, config, shape, device, Workload.of(recipe, config, shape, tokens, precision), sharding)
 
 
 def show(plan: Plan) -> None:
@@ -128,7 +128,7 @@ def show(plan: Plan) -> None:
     console.print(fitting)
 
     needed = f"A step takes {found.peak / GIB:.1f} GiB of the {plan.room / GIB:.1f} that a rank may take"
-    spare = f"({SPARE:.0%} of {plan.device.memory / GIB:.1f} are left free)"
+    spare = f"({HEADROOM:.0%} of {plan.device.memory / GIB:.1f} are left free)"
     if plan.fits:
         console.print(f"{needed} {spare}: it fits.", soft_wrap=True)
         return
@@ -138,4 +138,4 @@ def show(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

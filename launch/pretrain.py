@@ -8,20 +8,18 @@ at, saved, with exit code 75: the same command goes on.
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from infini_ds.distributed.signals import STOPPED_EARLY, GracefulShutdown
 
-from infini_ds.training.stopping import STOPPED_EARLY, Stop
-
-stop = Stop()
+stop = GracefulShutdown()
 if __name__ == "__main__":
     stop.listen()  # before the imports that take seconds
 
-from infini_ds.training.loop import train
-from infini_ds.training.processes import disconnect, identify, launch, share_threads
-from infini_ds.training.recipe import load_recipe
+from infini_ds.config.recipe import load_recipe
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.environment import detect_environment, set_cpu_threads, shutdown
 from infini_ds.training.setup import set_up
+from infini_ds.training.trainer import train
 
 
 def main() -> None:
@@ -30,17 +28,17 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
-    process = identify()
+    process = detect_environment()
     recipe = load_recipe(args.config, args.overrides)
-    share_threads(process)
+    set_cpu_threads(process)
     training = set_up(recipe, process)
     finished = train(training, stop) if training else True
     if not training and process.is_first:
         print(f"{recipe.folder} has made all of its {recipe.steps} steps: nothing to do; steps= above that goes on")
-    disconnect()
+    shutdown()
     if not finished:
         sys.exit(STOPPED_EARLY)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -11,21 +11,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import torch
 
-from infini_ds.training.holding import run_held
-from infini_ds.training.processes import free_port, launch
-from infini_ds.training.recipe import load_recipe
-from infini_ds.training.stopping import STOPPED_EARLY
+from infini_ds.config.recipe import load_recipe
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.environment import free_port
+from infini_ds.distributed.signal_relay import run_graceful
+from infini_ds.distributed.signals import STOPPED_EARLY
 
 DATA = "data/stdlib"
 SOURCE = ["--source", "stdlib", "--sequence-length", "2048", "--vocab-size", "4096"]
 
 
 def run(title: str, *command: str, held: bool = False) -> None:
-    """Run one step as a command of its own; a step that fails has said why. `held`: see `run_held`."""
+    """Run one step as a command of its own; a step that fails has said why. `held`: see `run_graceful`."""
     print(f"\n=== {title}\n$ {' '.join(command)}", flush=True)
     started = time.monotonic()
     environment = os.environ | {
@@ -33,7 +33,9 @@ def run(title: str, *command: str, held: bool = False) -> None:
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",  # else DeepSpeed warns that it found no GPU
     }
-    code = run_held(command, environment) if held else subprocess.run(command, env=environment, check=False).returncode
+    code = (
+        run_graceful(command, environment) if held else subprocess.run(command, env=environment, check=False).returncode
+    )
     if code == STOPPED_EARLY:
         sys.exit(code)  # it has said so
     if code:
@@ -67,4 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    launch(main)
+    run_main(main)

@@ -4,13 +4,12 @@ Evaluates the run's newest checkpoint with the memory and without, writes report
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.environment import detect_environment, set_cpu_threads
 from infini_ds.evaluation import report
-from infini_ds.training.processes import identify, launch, share_threads
+from infini_ds.utils.errors import UserError
 
 
 def main() -> None:
@@ -19,12 +18,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="validation rows, 0 for all (default: %(default)s)")
     args = parser.parse_args()
     if args.rows < 0:
-        raise ValueError(f"--rows {args.rows} must be at least 1, or 0 for all")
-    share_threads(identify())
+        raise UserError(f"--rows {args.rows} must be at least 1, or 0 for all")
+    set_cpu_threads(detect_environment())
     export = args.run / "export"
     measured = report.measure(args.run, export if export.is_dir() else args.run, args.rows or None)
     report.show(measured, report.write(measured))
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -16,19 +16,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.distributed.signals import STOPPED_EARLY
+from infini_ds.study.commands import check_definition, is_done
 from infini_ds.study.grid import Run, Study, expand, load_study
-from infini_ds.study.local import Children, Failure, Stopped, make_all, make_run, prepare
+from infini_ds.study.local_runner import Children, Failure, Stopped, make_all, make_run, prepare
 from infini_ds.study.report import write_report
 from infini_ds.study.slurm import write_script
-from infini_ds.study.steps import check_definition, is_done
-from infini_ds.training.processes import launch
-from infini_ds.training.stopping import STOPPED_EARLY
+from infini_ds.utils.errors import UserError
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, or one a core)")
     args = parser.parse_intermixed_args()
     if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f"--jobs {args.jobs} must be at least 1")
+        raise UserError(f"--jobs {args.jobs} must be at least 1")
     study = load_study(args.study, args.overrides)
     runs = expand(study)
     for run in runs:
@@ -93,7 +93,7 @@ def find(runs: list[Run], asked: str) -> Run:
             return run
     near = difflib.get_close_matches(asked, [run.name for run in runs], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"give a number from 1 to {len(runs)}, or a name that --list shows"
-    raise ValueError(f"--run {asked}: there is no such run; {hint}")
+    raise UserError(f"--run {asked}: there is no such run; {hint}")
 
 
 def show(study: Study, runs: list[Run]) -> None:
@@ -110,4 +110,4 @@ def report(study: Study, runs: list[Run], failures: list[Failure]) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    launch(main)
+    run_main(main)

@@ -1,30 +1,16 @@
-"""What tests share: a small corpus of real text as shards, and running the project's scripts as a user does."""
+"""Fixtures that tests share: a small corpus of real text, its shards, and finished runs."""
 
-import contextlib
-import io
 import os
-import runpy
-import socket
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 # Before the imports that read them: no hub, and no GPU, since the ranks that tests start have none.
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import pytest
 import torch
-from forks import Fork
+from harness import launch_pretrain, pretrain, run_script
 
-from infini_ds.training import processes
-from infini_ds.training.loop import train
-from infini_ds.training.processes import identify
-from infini_ds.training.recipe import load_recipe
-from infini_ds.training.setup import set_up
-
-ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 MODULES = [
@@ -34,7 +20,7 @@ MODULES = [
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="how often tests/test_faults.py kills its job")
+    parser.addoption("--kills", type=int, default=3, help="how often tests/training/test_faults.py kills its job")
 
 
 @pytest.fixture(scope="session")
@@ -55,107 +41,6 @@ def shards(corpus, tmp_path_factory) -> Path:
     options = ["--sequence-length", "256", "--vocab-size", "512", "--validation-fraction", "0.2", "--workers", "1"]
     run_script("-m", "data_prep", "--source", f"text:{corpus}", "--out", out, *options)
     return out
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what a launcher sets, with the project importable."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher and not name.startswith("SLURM")}
-    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    return kept | {"PATH": path, "PYTHONPATH": str(ROOT)} | variables
-
-
-def run_script(*arguments, code: int = 0, limit: float = 240, program: str = sys.executable, stdin: str | None = None):
-    """Run `python ARGUMENTS` from the project's root; the exit code has to be `code`. Returns the finished process."""
-    done = subprocess.run(
-        [program, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=limit,
-        input=stdin if stdin is not None else "",
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def call_script(script: str, *arguments, code: int = 0) -> SimpleNamespace:
-    """The same as `run_script` in this process, which saves seconds of imports; standard input is empty."""
-    out, error, got = io.StringIO(), io.StringIO(), 0
-    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
-    disconnect, processes.disconnect = processes.disconnect, lambda: None  # later tests need the process group
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        got = end.code or 0
-    finally:
-        sys.argv, processes.disconnect = argv, disconnect
-        torch.set_num_threads(1)
-    assert got == code, f"exit code {got}\n{out.getvalue()}\n{error.getvalue()}"
-    return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
-
-
-# A model that trains in seconds, in segments of 32 tokens of rows of 256 tokens.
-SHAPE = [
-    *(
-        "model.segment_length=32",
-        "model.config.hidden_size=32",
-        "model.config.num_layers=2",
-        "model.config.num_heads=2",
-    ),
-    "model.config.window_size=16",
-]
-STEPS = [
-    *("batch.rows=4", "batch.micro_rows=2", "steps=20", "log_every=1", "validation.every=0", "checkpoint.every=8"),
-    *("optimizer.learning_rate=0.005", "schedule.kind=cosine", "schedule.warmup_steps=4"),
-    "guard.check_gradients=true",
-]
-TINY = SHAPE + STEPS
-
-
-def pretrain(shards: Path, output: Path, name: str, *overrides: str, shape: list[str] = SHAPE) -> None:
-    """Train a tiny model in this process, as launch/pretrain.py does."""
-    where = [f"data.path={shards}", f"output={output}", f"name={name}"]
-    recipe = load_recipe(None, [*where, *shape, *STEPS, *overrides])
-    training = set_up(recipe, identify())
-    assert training is not None, "the run is finished"
-    train(training)
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, ranks: int, code: int = 0):
-    """Run launch/pretrain.py by the deepspeed launcher."""
-    arguments = ["launch/pretrain.py", f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_gpus", ranks, "--master_port", free_port(), "--log_level", "error"]
-    return run_script(*options, *arguments, program=launcher, code=code)
-
-
-def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py") -> list[Fork]:
-    """Start `script` as `ranks` processes without a launcher, each at the head of a process group."""
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [Fork(script, *arguments, cwd=ROOT, env=environment(**shared, **place)) for place in places]
-
-
-def run_ranks(ranks: int, *arguments: str) -> str:
-    """The same to the end, without fault; returns the first rank's output."""
-    processes = start_ranks(ranks, *arguments)
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
-    return outputs[0]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.training.footprint import Sharding, Work, largest_block
+from infini_ds.planning.memory_estimate import Workload, ZeroSharding, largest_block
+from infini_ds.utils.errors import UserError
 
 OTHERS = ("gpt-neo", "infini-transformer-pytorch")
 
@@ -46,11 +47,11 @@ class Shape:
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError unless `name` is one of the contenders."""
+    """Raise a UserError unless `name` is one of the contenders."""
     kind, _, block = name.partition(":")
     if name in OTHERS or (kind == "infini" and (block in ("auto", "all") or (block.isdigit() and int(block)))):
         return
-    raise ValueError(f"--contenders {name}: there are infini:G, infini:auto, infini:all, {', '.join(OTHERS)}")
+    raise UserError(f"--contenders {name}: there are infini:G, infini:auto, infini:all, {', '.join(OTHERS)}")
 
 
 def build(name: str, shape: Shape, tokens: int, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], None]]:
@@ -68,8 +69,8 @@ def _infini(shape: Shape, tokens: int, block: str, device: torch.device):
     config = shape.config()
     if block == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        work = Work(config, 1, tokens, shape.precision, packed=False, checkpointing=True)
-        config.segments_per_block = largest_block(work, Sharding(ranks=1), free)
+        work = Workload(config, 1, tokens, shape.precision, packed=False, checkpointing=True)
+        config.segments_per_block = largest_block(work, ZeroSharding(ranks=1), free)
     elif block != "all":
         config.segments_per_block = int(block)
     model = InfiniGPTNeoForCausalLM(config)
@@ -95,7 +96,7 @@ def _infini_transformer(shape: Shape, tokens: int):
     try:
         from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--contenders infini-transformer-pytorch: the package is not installed; pip install "
             "infini-transformer-pytorch, or leave it out"
         ) from error

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infini_ds.benchmarks.contenders import Shape
+from infini_ds.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +36,7 @@ def run(plan: Plan) -> Iterator[dict]:
     A case that failed for lack of memory is not tried again.
 
     Raises:
-        ValueError: a figure's process failed otherwise; its last line says why.
+        UserError: a figure's process failed otherwise; its last line says why.
     """
     failed = {}
     for number in range(plan.rounds):
@@ -60,7 +61,7 @@ def _measure(plan: Plan, tokens: int, contender: str) -> dict:
         return {"failed": "out of memory"}  # ended by the system
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-        raise ValueError(f"{contender} at {tokens} tokens: {lines[-1].removeprefix('ValueError: ')}")
+        raise UserError(f"{contender} at {tokens} tokens: {lines[-1].rpartition('Error: ')[2]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

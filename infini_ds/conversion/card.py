@@ -2,10 +2,10 @@
 
 import json
 
+from infini_ds.checkpoint.manifest import read_manifest
 from infini_ds.conversion.locate import Source
+from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.training.marks import read_mark
-from infini_ds.training.metrics import read_metrics
 
 CARD = """---
 library_name: transformers
@@ -46,7 +46,7 @@ def fill_card(name: str, config: InfiniGPTNeoConfig, origin: str) -> str:
 def model_card(source: Source) -> str:
     """The card of a checkpoint, from what its run wrote down."""
     config = InfiniGPTNeoConfig.from_pretrained(source.checkpoint)
-    stands = read_mark(source.checkpoint).state
+    stands = read_manifest(source.checkpoint).state
     recipe = (source.run / "recipe.yaml").read_text()
     data = json.loads((source.run / "data_manifest.json").read_text())
     results = [line for line in read_metrics(source.run) if "validation/loss" in line and line["step"] <= stands.step]

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.card import model_card
 from infini_ds.conversion.locate import Source, load_model
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.training.marks import MARK
+from infini_ds.utils.errors import UserError
 
 
 def export(source: Source, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
@@ -19,7 +20,7 @@ def export(source: Source, out: Path, max_shard_size: str = "2GB", dtype: torch.
     Args:
         max_shard_size: of one safetensors file, such as "500MB".
     Raises:
-        ValueError: the checkpoint cannot be read, or `out` holds something else.
+        UserError: the checkpoint cannot be read, or `out` holds something else.
     """
     write_folder(load_model(source).to(dtype), source.tokenizer_folder, out, model_card(source), max_shard_size)
 
@@ -29,7 +30,7 @@ def write_folder(
 ) -> None:
     """Write all in a folder beside `out` and put it in place at the end, so that `out` is never half a model."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
-        raise ValueError(f"--out {out} holds other files: choose another folder")
+        raise UserError(f"--out {out} holds other files: choose another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     InfiniGPTNeoConfig.register_for_auto_class()
@@ -53,7 +54,7 @@ def write_folder(
 
 def _is_export(folder: Path) -> bool:
     config = folder / "config.json"
-    if (folder / MARK).exists() or (folder / ".git").exists():
+    if (folder / MANIFEST).exists() or (folder / ".git").exists():
         return False
     return config.is_file() and json.loads(config.read_text()).get("model_type") == InfiniGPTNeoConfig.model_type
 
@@ -62,7 +63,7 @@ def push_to_hub(folder: Path, name: str, private: bool) -> str:
     """Upload an exported folder to the Hugging Face hub; returns its address.
 
     Raises:
-        ValueError: the hub refused, or cannot be reached; the folder stays.
+        UserError: the hub refused, or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
 
@@ -72,7 +73,7 @@ def push_to_hub(folder: Path, name: str, private: bool) -> str:
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"--push-to-hub {name}: the upload failed ({reason}); {folder} is complete, so `hf auth login` and "
             f"`hf upload {name} {folder}` can send it later"
         ) from error

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from infini_ds.conversion.card import fill_card
 from infini_ds.conversion.export import write_folder
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.utils.errors import UserError
 
 GATES = {"closed": -4.0, "zero": 0.0}  # sigmoid: 2% of the memory, or half of it
 
@@ -21,14 +22,14 @@ def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shar
         name: folder or hub name of a GPTNeoForCausalLM.
         gates: "closed": the model begins near GPT-Neo on segments alone; "zero": half local, half memory.
     Raises:
-        ValueError: it is no GPT-Neo, or its positions do not reach over a segment.
+        UserError: it is no GPT-Neo, or its positions do not reach over a segment.
     """
     try:
         theirs = GPTNeoConfig.get_config_dict(name)[0]
     except OSError as error:
-        raise ValueError(f"--from-gpt-neo {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--from-gpt-neo {name}: {str(error).splitlines()[0]}") from error
     if theirs.get("model_type") != "gpt_neo":
-        raise ValueError(f"--from-gpt-neo {name} is a {theirs.get('model_type')!r} model, not gpt_neo")
+        raise UserError(f"--from-gpt-neo {name} is a {theirs.get('model_type')!r} model, not gpt_neo")
     fields = GPTNeoConfig(**theirs).to_diff_dict()
     for key in ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(key, None)

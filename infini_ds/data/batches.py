@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.rows import decode_row
-from infini_ds.model.loss import IGNORED
+from data_prep.packing import decode_row
+from infini_ds.model.loss import IGNORE_INDEX
 
 
 def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -31,10 +31,10 @@ def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         numbers.append(torch.cat([number, number[-1:].expand(padding)]))
         masks.append(torch.arange(T) < len(number))
     attention_mask = torch.stack(masks)
-    labels = input_ids.masked_fill(~attention_mask, IGNORED)
+    labels = input_ids.masked_fill(~attention_mask, IGNORE_INDEX)
     if any(row.learned is not None for row in rows):
         learned = [np.ones(T, bool) if row.learned is None else row.learned for row in rows]
-        labels = labels.masked_fill(~torch.from_numpy(np.stack(learned)), IGNORED)
+        labels = labels.masked_fill(~torch.from_numpy(np.stack(learned)), IGNORE_INDEX)
     return {
         "input_ids": input_ids,
         "document_ids": torch.stack(numbers),
@@ -49,13 +49,13 @@ def blank_rows(batch: dict[str, Tensor], numbers: set[int]) -> dict[str, Tensor]
     that could make a loss or a gradient of the others infinite. All else stays in its place.
     """
     blank = torch.tensor([row in numbers for row in batch["row_numbers"].tolist()])[:, None]
-    content = {"input_ids": 0, "document_ids": 0, "attention_mask": 1, "labels": IGNORED}
+    content = {"input_ids": 0, "document_ids": 0, "attention_mask": 1, "labels": IGNORE_INDEX}
     return batch | {name: batch[name].masked_fill(blank, value) for name, value in content.items()}
 
 
 def predicted_tokens(batch: dict[str, Tensor]) -> int:
     """How many tokens of the batch the loss is taken over: all labels that count, but the first of each row."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def micro_batches(batch: dict[str, Tensor], rows: int, device: torch.device | str) -> Iterator[dict[str, Tensor]]:

@@ -14,7 +14,8 @@ from typing import Protocol
 import xxhash
 
 from data_prep.manifest import NAME, Manifest, load_manifest
-from data_prep.mosaic import CloudDownloader, reader_from_json
+from infini_ds.streaming_compat.library import CloudDownloader, reader_from_json
+from infini_ds.utils.errors import UserError
 
 HERE = "file://"  # a folder of this machine that is to be read as if it were far away, through the cache
 # All but the shards: fetched at each start, since they say what the shards are.
@@ -72,7 +73,7 @@ def find_sources(path: str, streams: Sequence[StreamChoice], cache: str) -> list
     that belongs to its address and its index: data made anew under the same address are other data.
 
     Raises:
-        ValueError: a source is not there or not finished, its address cannot be read, or sources do not go together.
+        UserError: a source is not there or not finished, its address cannot be read, or sources do not go together.
     """
     if not streams:
         return [_open("data.path", path, Path(cache))]
@@ -87,13 +88,13 @@ def find_sources(path: str, streams: Sequence[StreamChoice], cache: str) -> list
             ("another tokenizer", source.manifest.tokenizer.sha256, first.manifest.tokenizer.sha256),
         ):
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"{source.key}={stream.path} has {what} than {first.key}={streams[0].path} ({theirs}, not {ours}): "
                     f"prepare it with --tokenizer {first.folder / 'tokenizer'} "
                     f"--sequence-length {first.manifest.sequence_length}"
                 )
         if source.folder.resolve() in [other.folder.resolve() for other in sources if other is not source]:
-            raise ValueError(f"{source.key}={stream.path} is there twice: name it once, with repeat: or proportion:")
+            raise UserError(f"{source.key}={stream.path} is there twice: name it once, with repeat: or proportion:")
     return sources
 
 
@@ -107,12 +108,12 @@ def _open(key: str, path: str, cache: Path, proportion: float | None = None, rep
     for split in ("train", "validation"):
         index = folder / split / "index.json"
         if not index.is_file():
-            raise ValueError(f"{key}={path} has no {split}/index.json: prepare it with python -m data_prep")
+            raise UserError(f"{key}={path} has no {split}/index.json: prepare it with python -m data_prep")
         try:
             for shard in source.shards(split):
                 reader_from_json(str(folder), split, shard)
         except (ValueError, KeyError, TypeError) as error:  # there is no hash of it, but most damage shows
-            raise ValueError(
+            raise UserError(
                 f"{index} is damaged ({error!r}): copy it again from where it came, or prepare the data anew "
                 "with --force"
             ) from error
@@ -125,7 +126,7 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
     if scheme is not None:
         _check_client(what, scheme)
     if scheme == "hf" and not re.match("hf://datasets/[^/]+/[^/]+", remote):
-        raise ValueError(f"{what}: write it as hf://datasets/OWNER/NAME, or with a folder behind it")
+        raise UserError(f"{what}: write it as hf://datasets/OWNER/NAME, or with a folder behind it")
     partial = cache / f".fetching-{uuid.uuid4().hex}"
     try:
         for name in SMALL_FILES:
@@ -142,7 +143,7 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
                     raise
     except Exception as error:  # each client has errors of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"{what} cannot be read ({reason}): check the address, your rights there, and that data.cache={cache} can "
             "be written"
         ) from error
@@ -153,21 +154,21 @@ def _fetch_small_files(what: str, remote: str, cache: Path) -> Path:
 
 def _check_client(what: str, scheme: str) -> None:
     if scheme not in CLIENTS:
-        raise ValueError(f"{what}: {scheme}:// is not known; known are file, {', '.join(CLIENTS)}, or a folder")
+        raise UserError(f"{what}: {scheme}:// is not known; known are file, {', '.join(CLIENTS)}, or a folder")
     module, packages = CLIENTS[scheme]
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{what} needs a package that is not installed ({error}): pip install {packages}") from error
+        raise UserError(f"{what} needs a package that is not installed ({error}): pip install {packages}") from error
 
 
 def check_cache_limit(sources: list[Source], limit: int, rows_ahead: int) -> None:
-    """Raise a ValueError where `limit` bytes would cost the only copy of a shard, or are fewer than the shards of the
+    """Raise a UserError where `limit` bytes would cost the only copy of a shard, or are fewer than the shards of the
     `rows_ahead` rows that this node has asked for at a time: streaming would delete what it has just fetched.
     """
     for source in sources:
         if source.remote is None:
-            raise ValueError(
+            raise UserError(
                 f"data.cache_limit={limit} would delete shards of {source.key}={source.folder}, the only copy: name it "
                 f"{HERE}{source.folder.resolve()}, which is then read through data.cache, or leave out data.cache_limit"
             )
@@ -177,7 +178,7 @@ def check_cache_limit(sources: list[Source], limit: int, rows_ahead: int) -> Non
     at_a_time = max(4, min(len(shards), rows_ahead))  # streaming refuses fewer than 4
     least = at_a_time * largest + indexes
     if limit < least:
-        raise ValueError(
+        raise UserError(
             f"data.cache_limit={limit} is too little for the {at_a_time} shards of up to {largest} bytes that this "
             f"node reads at a time: give {least} or, better, room for as many shards as you can"
         )

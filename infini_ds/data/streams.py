@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.mosaic import StreamingDataLoader
 from infini_ds.data.batches import collate
-from infini_ds.data.shards import ShardDataset, ShardError, ShardStream
 from infini_ds.data.sources import Source
-from infini_ds.data.workers import end_with_rank_only
+from infini_ds.streaming_compat.library import StreamingDataLoader
+from infini_ds.streaming_compat.shards import ShardDataset, ShardError, ShardStream
+from infini_ds.streaming_compat.workers import end_with_rank_only
+from infini_ds.utils.errors import UserError
 
 AHEAD = 3  # batches a reader that are asked for at a time where the cache is bounded: the one that is due, and the next
 
@@ -44,7 +45,7 @@ class TrainingStream:
     which a batch was asked for and not there.
 
     Raises:
-        ValueError: the sources hold fewer rows than one global batch.
+        UserError: the sources hold fewer rows than one global batch.
     """
 
     def __init__(self, sources: list[Source], rows: int, seed: int, workers: int, cache_limit: int | None = None):
@@ -56,7 +57,7 @@ class TrainingStream:
         global_rows = rows * (dist.get_world_size() if dist.is_initialized() else 1)
         where = ", ".join(f"{source.key}={source.folder}" for source in sources)
         if self.dataset.epoch_size < global_rows:
-            raise ValueError(
+            raise UserError(
                 f"{where} has {self.dataset.epoch_size} training rows, fewer than one global batch of "
                 f"{global_rows}: lower batch.rows or batch.tokens, or prepare more text"
             )
@@ -100,7 +101,7 @@ class TrainingStream:
         return stream
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError: the state is of other data, or of another global batch."""
+        """Raises UserError: the state is of other data, or of another global batch."""
         check_fingerprint(state.get("fingerprint", self.fingerprint), self.fingerprint)  # older ones have none
         self.loader.load_state_dict({name: value for name, value in state.items() if name != "fingerprint"})
 
@@ -111,29 +112,29 @@ def fingerprint(sources: list[Source], global_rows: int, seed: int) -> dict:
 
 
 def check_fingerprint(theirs: dict, ours: dict) -> None:
-    """Raise a ValueError if a run that was begun with `theirs` cannot go on with `ours`."""
+    """Raise a UserError if a run that was begun with `theirs` cannot go on with `ours`."""
     for key in ("batch.rows", "data.seed"):
         if theirs[key] != ours[key]:
-            raise ValueError(
+            raise UserError(
                 f"{key}={ours[key]}, but this run's rows are taken as with {key}={theirs[key]}: give that, or choose "
                 "another name="
             )
     if theirs["streams"] == ours["streams"]:
         return
     if len(theirs["streams"]) != len(ours["streams"]):
-        raise ValueError(
+        raise UserError(
             f"the recipe names {len(ours['streams'])} streams of data, but this run was begun with "
             f"{len(theirs['streams'])}: name those, or choose another name="
         )
     for number, (before, now) in enumerate(zip(theirs["streams"], ours["streams"], strict=True)):
         for what in ("proportion", "repeat"):
             if before[what] != now[what]:
-                raise ValueError(
+                raise UserError(
                     f"data.streams[{number}].{what}={now[what]}, but this run was begun with {before[what]}: give "
                     "that, or choose another name="
                 )
         if before["shards"] != now["shards"]:
-            raise ValueError(
+            raise UserError(
                 f"the data of {'stream ' + str(number) if number else 'this run'} have been made anew, with other "
                 "content, since it was begun: choose another name=, or give the path of the data as they were"
             )
@@ -144,7 +145,7 @@ def _explained(error: Exception) -> Exception:
     if isinstance(error, ShardError):
         return ShardError(str(error).strip().splitlines()[-1].rpartition(f"{ShardError.__name__}: ")[2])
     if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
-        return ValueError(
+        return UserError(
             f"a process that reads ahead has died ({str(error).splitlines()[0]}), most often for want of memory or of "
             "room in /dev/shm: lower data.workers, or give the job more"
         )

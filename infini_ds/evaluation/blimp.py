@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from infini_ds.evaluation import ranks
+from infini_ds.distributed import collectives
+from infini_ds.evaluation.model_loading import EvaluatedModel
+from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.scoring import batch_of, batches_by_length, token_losses
-from infini_ds.evaluation.session import Session
-from infini_ds.evaluation.subject import Subject
-from infini_ds.training.progress import ProgressBar
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.progress import ProgressBar
 
 HUB = "nyu-mll/blimp"
 
@@ -33,13 +34,13 @@ class Paradigm(NamedTuple):
         return hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()
 
 
-def measure(subject: Subject, paradigms: list[Paradigm], where: str, session: Session) -> dict:
+def measure(subject: EvaluatedModel, paradigms: list[Paradigm], where: str, session: ResultCache) -> dict:
     """
     Args:
         paradigms: from `read_paradigms`; where: what they were read from.
     """
     results = {}
-    with ProgressBar("blimp", len(paradigms), shown=ranks.is_first()) as progress:
+    with ProgressBar("blimp", len(paradigms), shown=collectives.is_rank_zero()) as progress:
         for paradigm in paradigms:
             found = session.part(
                 f"blimp/{paradigm.name}",
@@ -64,12 +65,12 @@ def read_paradigms(where: str, limit: int | None) -> list[Paradigm]:
     """The first `limit` pairs (None: all) of each paradigm, from a folder of JSONL files or a data set on the hub.
 
     Raises:
-        ValueError: there is neither, or a file is no BLiMP.
+        UserError: there is neither, or a file is no BLiMP.
     """
     if Path(where).is_dir():
         lines = {file.stem: _read_lines(file) for file in sorted(Path(where).glob("*.jsonl"))}
         if not lines:
-            raise ValueError(f"--blimp {where} holds no .jsonl files: name the folder with BLiMP's 67, its data/")
+            raise UserError(f"--blimp {where} holds no .jsonl files: name the folder with BLiMP's 67, its data/")
     else:
         lines = _from_hub(where)
     return [
@@ -88,7 +89,7 @@ def _read_lines(file: Path) -> list[dict]:
         if not rows or not all(row["sentence_good"] and row["sentence_bad"] for row in rows):
             raise ValueError("a sentence is empty, or all are missing")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--blimp: {file} is no BLiMP file ({error}): each line is JSON with sentence_good and sentence_bad"
         ) from error
     return rows
@@ -102,22 +103,22 @@ def _from_hub(name: str) -> dict[str, list[dict]]:
         return {each: datasets.load_dataset(name, each, split="train").to_list() for each in names}
     except Exception as error:  # of several libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"--blimp {name}: there is no such folder, and the hub gave none of that name ({reason}): fetch BLiMP from "
             "github.com/alexwarstadt/blimp and name its folder data/"
         ) from error
 
 
-def accuracy(subject: Subject, paradigm: Paradigm, tokens: int) -> float:
+def accuracy(subject: EvaluatedModel, paradigm: Paradigm, tokens: int) -> float:
     """The share of pairs whose good sentence is at least as likely as its bad one."""
     rows = [sentence_ids(subject.tokenizer, sentence) for pair in paradigm.pairs for sentence in pair]
     batches = batches_by_length(list(map(len, rows)), tokens)
     losses = [
         token_losses(subject.model, batch_of([rows[i] for i in batch])).double().sum(1).tolist()
-        for batch in ranks.share(batches)
+        for batch in collectives.split_across_ranks(batches)
     ]
     likely = [0.0] * len(rows)
-    for batch, of_batch in zip(batches, ranks.gather(losses), strict=True):
+    for batch, of_batch in zip(batches, collectives.gather_items(losses), strict=True):
         for number, loss in zip(batch, of_batch, strict=True):
             likely[number] = -loss
     return fmean(good >= bad for good, bad in zip(likely[::2], likely[1::2], strict=True))

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from infini_ds.evaluation.scoring import batches_by_length
-from infini_ds.training.progress import ProgressBar
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.progress import ProgressBar
 
 IMPROVEMENT = 0.001  # less than that over the best so far uses up patience; the pipeline's early_stopping_threshold
 MAX_NORM = 1.0  # of the gradient; the Trainer's default
@@ -45,27 +46,27 @@ class FineTuning:
     def check(self) -> None:
         """
         Raises:
-            ValueError: a value is outside of what its field allows.
+            UserError: a value is outside of what its field allows.
         """
         for name, least in (("batch", 1), ("epochs", 1), ("patience", 1), ("evaluate_every", 1), ("max_length", 8)):
             if getattr(self, name) < least:
-                raise ValueError(f"--finetune {name}={getattr(self, name)} must be at least {least}")
+                raise UserError(f"--finetune {name}={getattr(self, name)} must be at least {least}")
         if self.learning_rate <= 0:
-            raise ValueError(f"--finetune learning_rate={self.learning_rate} must be above 0")
+            raise UserError(f"--finetune learning_rate={self.learning_rate} must be above 0")
 
 
 def settings_of(overrides: list[str]) -> FineTuning:
     """The defaults with `key=value` overrides.
 
     Raises:
-        ValueError: a key or a value that there is not.
+        UserError: a key or a value that there is not.
     """
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(FineTuning, OmegaConf.from_dotlist(overrides)))
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         keys = ", ".join(field.name for field in fields(FineTuning))
-        raise ValueError(f"--finetune {' '.join(overrides)}: {reason}; its keys are {keys}") from error
+        raise UserError(f"--finetune {' '.join(overrides)}: {reason}; its keys are {keys}") from error
     settings.check()
     return settings
 
@@ -82,7 +83,7 @@ def classifier_of(model: PreTrainedModel, classes: int) -> PreTrainedModel:
     """A model with a copy of the body of `model`, on the same device, and a new head.
 
     Raises:
-        ValueError: transformers knows no such head for this kind of model.
+        UserError: transformers knows no such head for this kind of model.
     """
     config = copy.deepcopy(model.config)
     config.num_labels = classes
@@ -91,7 +92,7 @@ def classifier_of(model: PreTrainedModel, classes: int) -> PreTrainedModel:
     try:
         classifier = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"transformers has no AutoModelForSequenceClassification of a {config.model_type}: leave the task glue out"
         ) from error
     classifier.base_model.load_state_dict(model.base_model.state_dict())

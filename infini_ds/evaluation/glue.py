@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from infini_ds.evaluation import ranks
+from infini_ds.distributed import collectives
 from infini_ds.evaluation.finetuning import FineTuning, classifier_of, finetune, metrics, steps_of
 from infini_ds.evaluation.glue_texts import Texts, load, sha256_of, thinned, tokenized
+from infini_ds.evaluation.model_loading import EvaluatedModel
+from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.scoring import context_length
-from infini_ds.evaluation.session import Session
-from infini_ds.evaluation.subject import Subject
-from infini_ds.training.progress import ProgressBar
-from infini_ds.training.randomness import seed_everything
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.progress import ProgressBar
+from infini_ds.utils.rng import seed_everything
 
 GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 
@@ -45,7 +46,13 @@ TASKS = {
 
 
 def measure(
-    subject: Subject, data: str, names: list[str], settings: FineTuning, seed: int, limit: int | None, session: Session
+    subject: EvaluatedModel,
+    data: str,
+    names: list[str],
+    settings: FineTuning,
+    seed: int,
+    limit: int | None,
+    session: ResultCache,
 ) -> dict:
     """Fine-tune the model for each task anew; each rank takes tasks of its own.
 
@@ -55,7 +62,7 @@ def measure(
         limit: examples of each split, taken evenly from it; None: all.
 
     Raises:
-        ValueError: a task's data are missing or broken, or the model cannot be fine-tuned.
+        UserError: a task's data are missing or broken, or the model cannot be fine-tuned.
     """
     splits = {}
     for name in names:
@@ -84,12 +91,18 @@ def measure(
 
 
 def fine_tuned(
-    subject: Subject, name: str, train: Texts, validation: Texts, settings: FineTuning, seed: int, batch_tokens: int
+    subject: EvaluatedModel,
+    name: str,
+    train: Texts,
+    validation: Texts,
+    settings: FineTuning,
+    seed: int,
+    batch_tokens: int,
 ) -> dict:
     """What is reported of one task; `majority` is its value if every answer is the commonest label of training."""
     classes = sorted(set(train.labels))
     if len(classes) < 2 or not set(validation.labels) <= set(classes):
-        raise ValueError(
+        raise UserError(
             f"--glue: {name} has the labels {classes} in training and {sorted(set(validation.labels))} in validation, "
             "where a task has two or more, the same in both; raise the limit, or mend the files"
         )
@@ -97,7 +110,7 @@ def fine_tuned(
     seed_everything(seed)  # of the head's weights, and of dropout
     classifier = classifier_of(subject.model, len(classes))
     metric = TASKS.get(name, Task()).metric
-    with ProgressBar(name, steps_of(len(train.texts), settings), shown=ranks.is_first()) as progress:
+    with ProgressBar(name, steps_of(len(train.texts), settings), shown=collectives.is_rank_zero()) as progress:
         best = finetune(classifier, *examples, settings, seed, batch_tokens, progress)
     labels = examples[1].labels
     majority = metrics(torch.full_like(labels, examples[0].labels.mode().values), labels, len(classes))

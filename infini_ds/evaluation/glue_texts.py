@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from infini_ds.evaluation.finetuning import Examples
+from infini_ds.utils.errors import UserError
 
 HUB = "hub"  # in place of a folder
 
@@ -42,14 +43,14 @@ def load(data: str, hub: str, name: str, split: str) -> Texts:
     """One split of a task, from the folder `data`, or if that is "hub" from the dataset `hub`.
 
     Raises:
-        ValueError: it is not there, or it is broken.
+        UserError: it is not there, or it is broken.
     """
     if data == HUB:
         if not hub:
-            raise ValueError(f"--glue-tasks {name} is not on the hub: leave it out, or name its folder with --glue")
+            raise UserError(f"--glue-tasks {name} is not on the hub: leave it out, or name its folder with --glue")
         return texts_of(f"{hub} {name} {split}", rows_of_hub(hub, name, split))
     if not Path(data).is_dir():
-        raise ValueError(f"--glue {data}: there is no such folder; give one of JSON lines, or {HUB}")
+        raise UserError(f"--glue {data}: there is no such folder; give one of JSON lines, or {HUB}")
     file = Path(data, f"{name}.{split}.json")
     return texts_of(str(file), rows_of_file(file))
 
@@ -61,7 +62,7 @@ def rows_of_hub(hub: str, name: str, split: str) -> list[dict]:
         return datasets.load_dataset(hub, name, split=split).to_list()
     except Exception as error:  # by what is wrong: errors of `datasets`, of the hub's client, of the network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"--glue {HUB}: {hub} {name} {split} cannot be loaded ({reason}); a folder of JSON lines does as well"
         ) from error
 
@@ -70,26 +71,26 @@ def rows_of_file(file: Path) -> list[dict]:
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is no object")
+            raise ValueError("a line is not an object")
         return rows
     except OSError as error:
-        raise ValueError(f"--glue: {file} cannot be read ({error.strerror}); leave its task out, or add it") from error
+        raise UserError(f"--glue: {file} cannot be read ({error.strerror}); leave its task out, or add it") from error
     except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"--glue: {file} is not JSON lines in UTF-8 ({error}); mend it") from error
+        raise UserError(f"--glue: {file} is not JSON lines in UTF-8 ({error}); mend it") from error
 
 
 def texts_of(where: str, rows: list[dict]) -> Texts:
     columns = set(rows[0]) if rows else set()
     form = next((form for form in FORMS if columns_of(form) | {"label"} <= columns), None)
     if form is None:
-        raise ValueError(
+        raise UserError(
             f"--glue: {where} has the columns {', '.join(sorted(columns)) or 'of no row'}; it takes label and those of "
             "one of the tasks of GLUE, such as sentence, or sentence1 and sentence2"
         )
     try:
         return Texts([tuple(text.format(**row) for text in form) for row in rows], [row["label"] for row in rows])
     except KeyError as error:
-        raise ValueError(f"--glue: a row of {where} has no column {error}; all rows need the same columns") from error
+        raise UserError(f"--glue: a row of {where} has no column {error}; all rows need the same columns") from error
 
 
 def columns_of(form: tuple[str, ...]) -> set[str]:

@@ -13,29 +13,30 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from infini_ds.data.batches import collate
-from infini_ds.data.shared_memory import one_start_at_a_time
 from infini_ds.data.sources import Source, find_sources
 from infini_ds.data.streams import ValidationRows
-from infini_ds.evaluation import ranks
+from infini_ds.distributed import collectives
+from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
+from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.scoring import settings, token_losses
-from infini_ds.evaluation.session import Session
-from infini_ds.evaluation.subject import Subject, has_memory
-from infini_ds.model.loss import IGNORED
-from infini_ds.training.progress import ProgressBar
+from infini_ds.model.loss import IGNORE_INDEX
+from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
 from infini_ds.training.validation import PositionLosses
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.progress import ProgressBar
 
 STEP = 128  # tokens that stand for a segment where a model has none
 POINTS = 256  # of the loss by position, at most
 
 
-def measure(subject: Subject, sources: list[Source], limit: int | None, session: Session) -> dict:
+def measure(subject: EvaluatedModel, sources: list[Source], limit: int | None, session: ResultCache) -> dict:
     """Over `limit` validation rows (None: all), taken evenly from the whole split.
 
     Raises:
-        ValueError: the rows are of another tokenizer than the model's.
+        UserError: the rows are of another tokenizer than the model's.
     """
     _check_tokenizer(subject, sources)
-    with one_start_at_a_time(ranks.is_first_on_node()):
+    with one_start_at_a_time(collectives.is_local_rank_zero()):
         rows = ValidationRows(sources)
     number = min(limit or len(rows), len(rows))
     chosen = [i * len(rows) // number for i in range(number)]
@@ -66,20 +67,20 @@ def sources_of(run: Path) -> list[Source]:
     """The data of a run.
 
     Raises:
-        ValueError: it is no run, or its data are gone.
+        UserError: it is no run, or its data are gone.
     """
     if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run} is no run: it holds no recipe.yaml")
+        raise UserError(f"{run} is no run: it holds no recipe.yaml")
     data = OmegaConf.load(run / "recipe.yaml").data
     return find_sources(data.path, data.streams, data.cache)
 
 
-def _check_tokenizer(subject: Subject, sources: list[Source]) -> None:
+def _check_tokenizer(subject: EvaluatedModel, sources: list[Source]) -> None:
     folder = sources[0].folder / "tokenizer"
     theirs = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     ours = subject.tokenizer.get_vocab()
     if any(ours.get(token) != number for token, number in theirs.items()):
-        raise ValueError(
+        raise UserError(
             f"the rows of {sources[0].folder} are of another tokenizer than {subject.path}'s: prepare the text for it, "
             f"with python -m data_prep --tokenizer {subject.path} and --out another folder, and name that with --data"
         )
@@ -106,23 +107,27 @@ def _rows_of_others(chosen: list[int], documents: list[tuple[int, int]]) -> list
 
 
 def _losses(
-    subject: Subject, rows: ValidationRows, chosen: list[int], others: list[int] | None, memory: str, tokens: int
+    subject: EvaluatedModel, rows: ValidationRows, chosen: list[int], others: list[int] | None, memory: str, tokens: int
 ) -> tuple[PositionLosses, list[float]]:
     """By position, summed over rows; and the mean of each row."""
     T = len(rows[0]["input_ids"])
     size = max(1, tokens // T)
-    batches = ranks.share([list(range(at, min(at + size, len(chosen)))) for at in range(0, len(chosen), size)])
+    batches = collectives.split_across_ranks(
+        [list(range(at, min(at + size, len(chosen)))) for at in range(0, len(chosen), size)]
+    )
     total, means = torch.zeros(2, T - 1, dtype=torch.float64), []
-    with ProgressBar(f"position, memory {memory}", len(batches), shown=ranks.is_first()) as progress:
+    with ProgressBar(f"position, memory {memory}", len(batches), shown=collectives.is_rank_zero()) as progress:
         for batch in batches:
             part = collate([rows[chosen[i]] for i in batch])
             other = collate([rows[others[i]] for i in batch]) if memory == "other" else None
             losses = token_losses(subject.model, part, memory, other).double().cpu()
-            count = (part["labels"][:, 1:] != IGNORED).double()
+            count = (part["labels"][:, 1:] != IGNORE_INDEX).double()
             total += torch.stack([losses.sum(0), count.sum(0)])
             means.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
             progress.advance({"loss": f"{total[0].sum() / total[1].sum():.4f}"})
-    return PositionLosses(*ranks.add_up(total)), [mean for batch in ranks.gather(means) for mean in batch]
+    return PositionLosses(*collectives.all_reduce_sum(total)), [
+        mean for batch in collectives.gather_items(means) for mean in batch
+    ]
 
 
 def _summary(losses: PositionLosses, means: list[float], segment_length: int) -> dict:

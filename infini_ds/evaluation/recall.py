@@ -12,11 +12,11 @@ from functools import cache
 from statistics import fmean
 
 from data_prep.recall import Example, Span, Task, find_task
-from infini_ds.evaluation import ranks
+from infini_ds.distributed import collectives
+from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
+from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.scoring import answered, batch_of, batches_by_length, settings
-from infini_ds.evaluation.session import Session
-from infini_ds.evaluation.subject import Subject, has_memory
-from infini_ds.training.progress import ProgressBar
+from infini_ds.utils.progress import ProgressBar
 
 TASKS = ("passkey", "pairs,queries=4", "variables", "question,order=first", "question,order=last")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the passkey: share of the filler that comes before it
@@ -34,18 +34,18 @@ class Point:
 
 
 def measure(
-    subject: Subject, names: list[str], segments: list[int], examples: int, seed: int, session: Session
+    subject: EvaluatedModel, names: list[str], segments: list[int], examples: int, seed: int, session: ResultCache
 ) -> dict:
     """
     Args:
         names: tasks, as `data_prep.recall.find_task` reads them; segments: of filler; examples: for each point.
     Raises:
-        ValueError: an unknown task, or a tokenizer that cuts every word of the filler in pieces.
+        UserError: an unknown task, or a tokenizer that cuts every word of the filler in pieces.
     """
     S = subject.model.config.segment_length if has_memory(subject.model) else STEP
     points = [point for name in names for point in points_of(name, segments, S)]
     tasks, hashes = {}, []
-    with ProgressBar("recall", len(points), shown=ranks.is_first()) as progress:
+    with ProgressBar("recall", len(points), shown=collectives.is_rank_zero()) as progress:
         for point in points:
             found = session.part(
                 f"recall/{point.name}",
@@ -77,7 +77,7 @@ def points_of(name: str, segments: list[int], S: int) -> Iterator[Point]:
             yield Point(name, replace(task, **placed), number, depth)
 
 
-def _accuracies(subject: Subject, task: Task, number: int, seed: int, tokens: int) -> dict:
+def _accuracies(subject: EvaluatedModel, task: Task, number: int, seed: int, tokens: int) -> dict:
     """Of all answers of `number` examples, under each setting of the memory."""
     start = subject.tokenizer.bos_token_id
     start = [start] if start is not None else [subject.tokenizer.eos_token_id]
@@ -89,14 +89,14 @@ def _accuracies(subject: Subject, task: Task, number: int, seed: int, tokens: in
     accuracy = {}
     for memory in settings(subject.model):
         right = []
-        for batch in ranks.share(batches):
+        for batch in collectives.split_across_ranks(batches):
             # The memory of another document is that of the next example, whose facts are others.
             others = [(i + 1) % number for i in batch] if memory == "other" else []
             both = batch_of([rows[i] for i in batch + others])
             own = {name: values[: len(batch)] for name, values in both.items()}
             other = {name: values[len(batch) :] for name, values in both.items()} if others else None
             right.append(answered(subject.model, own, [answers[i] for i in batch], memory, other))
-        accuracy[memory] = fmean(each for batch in ranks.gather(right) for row in batch for each in row)
+        accuracy[memory] = fmean(each for batch in collectives.gather_items(right) for row in batch for each in row)
     return {
         "tokens": max(map(len, rows)),
         "answers": sum(map(len, answers)),

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
+from infini_ds.checkpoint.manifest import read_manifest
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import plots
 from infini_ds.evaluation.generation import bound_prompts, prompt_ids
 from infini_ds.evaluation.position import binned, sources_of
-from infini_ds.training.marks import read_mark
-from infini_ds.training.metrics import read_metrics
-from infini_ds.training.progress import ProgressBar
+from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.training.validation import PositionLosses, position_losses
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.progress import ProgressBar
 
 BINS = 64  # points in the plot of loss by position, unless the sequence has fewer segments
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 120
@@ -47,15 +48,15 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     """Evaluate the run's newest checkpoint on `rows` of its validation rows (None: all); `model_folder` is its export.
 
     Raises:
-        ValueError: a folder is missing or unfinished.
+        UserError: a folder is missing or unfinished.
     """
     sources = sources_of(run)
     metrics = read_metrics(run)
     trained = [line for line in metrics if "speed/tokens_per_s" in line]
     if not trained:
-        raise ValueError(f"{run} has recorded no training step yet")
+        raise UserError(f"{run} has recorded no training step yet")
     source = locate(run)
-    stands = read_mark(source.checkpoint).state
+    stands = read_manifest(source.checkpoint).state
     model, tokenizer = load_model(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bound_prompts(model)

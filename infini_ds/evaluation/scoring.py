@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_ds.data.batches import micro_batches
-from infini_ds.evaluation.subject import has_memory
-from infini_ds.model.loss import IGNORED
+from infini_ds.evaluation.model_loading import has_memory
+from infini_ds.model.loss import IGNORE_INDEX
 
 SETTINGS = ("on", "off", "other")  # the memory as it is, switched off, and that of another document
 LOGITS = 2**27  # numbers of logits at a time, of models that know no other way: 512 MiB in fp32
@@ -34,7 +34,7 @@ def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
     for row, ids in zip(input_ids, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     mask = torch.arange(T) < torch.tensor([len(ids) for ids in rows])[:, None]
-    labels = input_ids.masked_fill(~mask, IGNORED)
+    labels = input_ids.masked_fill(~mask, IGNORE_INDEX)
     return {
         "input_ids": input_ids,
         "attention_mask": mask.long(),
@@ -102,7 +102,7 @@ def _losses_in_windows(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tens
         for (row, first, last), of_piece in zip(some, logits, strict=True):
             targets = labels[row, first + 1 : last + 1]  # the token behind the piece too, if there is one
             losses[row, first : first + len(targets)] = F.cross_entropy(
-                of_piece[: len(targets)], targets, ignore_index=IGNORED, reduction="none"
+                of_piece[: len(targets)], targets, ignore_index=IGNORE_INDEX, reduction="none"
             )
     return losses
 
@@ -149,7 +149,7 @@ def answered(
 
 def _likeliest_in_window(model: PreTrainedModel, batch: dict[str, Tensor], answers: list) -> Tensor:
     """(B, T) the likeliest token behind each one of the model's last window, on the CPU."""
-    ids, likeliest = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORED)
+    ids, likeliest = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORE_INDEX)
     for row, spans in enumerate(answers):
         last = spans[-1][1] - 1
         first = max(0, last - (context_length(model) or last))

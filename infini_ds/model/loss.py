@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # the label that counts for nothing, as everywhere in Hugging Face's models
+IGNORE_INDEX = -100  # the label that counts for nothing, as everywhere in Hugging Face's models
 LOGITS = 2**24  # numbers of a chunk's logits at most: 64 MiB in fp32, and products large enough for full speed
 ROWS = 1024  # of a chunk at most: with more, products are no faster, and on the CPU each chunk's pages are made anew
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in fp32 (fp64 for fp64) for each row, 0 where the target is IGNORED.
+    """-log p(target) in fp32 (fp64 for fp64) for each row, 0 where the target is IGNORE_INDEX.
 
     Args:
         hidden: (R, E); weight: (V, E), the output embedding; targets: (R,).
@@ -56,7 +56,7 @@ def _chunks(weight: Tensor, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """(R,) losses of a chunk."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none")
+    return F.nll_loss(log_p, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _softmax_and_losses(logits: Tensor, targets: Tensor, out: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def _softmax_and_losses(logits: Tensor, targets: Tensor, out: Tensor) -> Tensor:
     """
     torch.softmax(logits, -1, out.dtype, out=out)
     below = logits.amax(-1).to(out.dtype) - logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    return (below - out.amax(-1).log()).masked_fill_(targets == IGNORED, 0)
+    return (below - out.amax(-1).log()).masked_fill_(targets == IGNORE_INDEX, 0)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -90,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
                 losses = _softmax_and_losses(torch.mm(rows, w.t(), out=logits[:n]), t, out=p[:n])
                 total += losses.sum()
                 # d loss / d logits = p - onehot(target)
-                counted = (t != IGNORED)[:, None]
+                counted = (t != IGNORE_INDEX)[:, None]
                 grad = p[:n].scatter_add_(1, t.clamp_min(0)[:, None], -torch.ones_like(p[:n, :1])).to(dtype)
                 torch.mul(grad @ w, counted, out=grad_rows)
                 rows = rows * counted

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TRIANGLE = 16  # states whose prefix sums are one product; 8 and 32 are about as fast
+PREFIX_CHUNK = 16  # states whose prefix sums are one product; 8 and 32 are about as fast
 
 
 class MemoryState(NamedTuple):
@@ -125,8 +125,8 @@ class _PrefixSums(torch.autograd.Function):
         before = torch.empty_like(new, memory_format=torch.contiguous_format)
         N, states, terms = new.shape[1], before.flatten(2), new.flatten(2)
         states[:, 0] = old.flatten(1)
-        for first in range(1, N, TRIANGLE):
-            last = min(first + TRIANGLE, N)
+        for first in range(1, N, PREFIX_CHUNK):
+            last = min(first + PREFIX_CHUNK, N)
             sums, added = states[:, first:last], terms[:, first - 1 : last - 1]
             sums.copy_(states[:, first - 1 : first] * _same_document(document_held, first, last, first - 1))
             sums.baddbmm_(_triangle(terms, document_held, first, last), added)
@@ -140,8 +140,8 @@ class _PrefixSums(torch.autograd.Function):
         grad_new = torch.empty_like(grad_before, memory_format=torch.contiguous_format)
         N, states, terms = grad_new.shape[1], grad_before.flatten(2), grad_new.flatten(2)
         terms[:, -1] = grad_after.flatten(1)
-        for last in range(N, 1, -TRIANGLE):
-            first = max(last - TRIANGLE, 1)
+        for last in range(N, 1, -PREFIX_CHUNK):
+            first = max(last - PREFIX_CHUNK, 1)
             sums, added = terms[:, first - 1 : last - 1], states[:, first:last]
             sums.copy_(terms[:, last - 1 : last] * _same_document(document_held, first, last, last))
             sums.baddbmm_(_triangle(terms, document_held, first, last).mT, added)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
 from .local_attention import document_mask, local_attention, rotary_angles, rotate
-from .loss import IGNORED, summed_loss, token_losses
+from .loss import IGNORE_INDEX, summed_loss, token_losses
 from .memory import MemoryState, blend, retrieve, update
 from .recompute import recomputed
 from .segments import SegmentGrid, lay_out, lay_out_after
@@ -415,7 +415,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         )
         grid, T = run.grid, input_ids.shape[1]
         if labels is not None:
-            targets = grid.next_tokens(labels, IGNORED)
+            targets = grid.next_tokens(labels, IGNORE_INDEX)
 
         def head(hidden: Tensor, slots: slice) -> tuple[Tensor | None, Tensor | None]:
             loss = None
@@ -434,7 +434,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         elif labels is not None:
             loss = torch.stack(losses).sum()
             if loss_reduction == "mean":
-                loss = loss / ((targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+                loss = loss / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
             logits = self.lm_head(grid.collect(torch.cat(hidden, dim=1), T)[:, -logits_to_keep:])
         return InfiniCausalLMOutput(loss=loss, logits=logits, past_key_values=run.cache, memory=memory)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infini_ds.evaluation.plots import plt
-from infini_ds.study.published import FIGURES, GPT_NEO, STEPS
+from infini_ds.study.reference_results import FIGURES, GPT_NEO, STEPS
 from infini_ds.study.results import Cell, Result
 
 PLAIN = "0.45"

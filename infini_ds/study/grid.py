@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.options import PrepareOptions
-from infini_ds.training.recipe import Recipe, load_keys, load_recipe
+from infini_ds.config.recipe import Recipe, load_keys, load_recipe
+from infini_ds.utils.errors import UserError
 
 CONTEXT = "context_length"  # the axis that is no key of a recipe: tokens of a row, so the longest reach of training
 DEFAULT_SEGMENT = 128  # of InfiniGPTNeoConfig
@@ -134,14 +135,14 @@ class Run:
 def load_study(path: str | Path, overrides: list[str] = ()) -> Study:
     """
     Raises:
-        ValueError: no such file, an unknown key (the nearest known one is named), or a value that cannot be.
+        UserError: no such file, an unknown key (the nearest known one is named), or a value that cannot be.
     """
     free = ("recipe.", "data.", "evaluation.options.", "arms.")
     study = load_keys(Study, path, overrides, "study", "launch/studies", free)
     if study.name in ("", ".", "..") or "/" in study.name:
-        raise ValueError(f"name={study.name!r} must be the name of one folder: put the path in output=")
+        raise UserError(f"name={study.name!r} must be the name of one folder: put the path in output=")
     if not study.arms:
-        raise ValueError(
+        raise UserError(
             f"{path} has no arms: give it at least one, such as arms: {{pretrain: {{grid: [{{seed: [0]}}]}}}}"
         )
     _check_data(study)
@@ -154,27 +155,27 @@ def _check_data(study: Study) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean data.{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ValueError(f"unknown key data.{key}: {hint}")
+            raise UserError(f"unknown key data.{key}: {hint}")
     if "source" not in study.data:
-        raise ValueError("data.source is missing: give the text, such as data.source=text:FOLDER, or stdlib")
+        raise UserError("data.source is missing: give the text, such as data.source=text:FOLDER, or stdlib")
 
 
 def expand(study: Study) -> list[Run]:
     """All runs, each behind the one that it starts from.
 
     Raises:
-        ValueError: an arm, axis or value that cannot be, no run or several to start from, or two runs of one name.
+        UserError: an arm, axis or value that cannot be, no run or several to start from, or two runs of one name.
     """
     runs: list[Run] = []
     for arm in _in_order(study.arms):
         points = list(_points(arm, study.arms[arm]))
         if not points:
-            raise ValueError(f"arms.{arm}.grid is empty: give it at least one product, such as [{{seed: [0]}}]")
+            raise UserError(f"arms.{arm}.grid is empty: give it at least one product, such as [{{seed: [0]}}]")
         runs += _runs_of(study, arm, points, runs)
     by_name: dict[str, Run] = {}
     for run in runs:
         if run.name in by_name:
-            raise ValueError(f"two runs would be called {run.name}: {_difference(by_name[run.name], run)}")
+            raise UserError(f"two runs would be called {run.name}: {_difference(by_name[run.name], run)}")
         by_name[run.name] = run
     return runs
 
@@ -190,7 +191,7 @@ def _in_order(arms: dict[str, ArmRecipe]) -> list[str]:
             near = difflib.get_close_matches(start, arms, n=1)
             reason = "starts from itself in the end" if start in arms else "is no arm"
             hint = f"; did you mean {near[0]}?" if near and start not in arms else ""
-            raise ValueError(f"arms.{arm}.start_from={start} {reason}{hint}")
+            raise UserError(f"arms.{arm}.start_from={start} {reason}{hint}")
         ordered += ready
     return ordered
 
@@ -201,7 +202,7 @@ def _points(arm: str, described: ArmRecipe) -> Iterator[dict[str, Any]]:
     for product in described.grid:
         for axis, values in product.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"arms.{arm}.grid: {axis}={values} has to be a list of values")
+                raise UserError(f"arms.{arm}.grid: {axis}={values} has to be a list of values")
         for values in itertools.product(*product.values()):
             point = dict(zip(product, values, strict=True))
             if point not in seen:
@@ -216,13 +217,13 @@ def _runs_of(study: Study, arm: str, points: list[dict], earlier: list[Run]) -> 
     for point in points:
         context = point.get(CONTEXT, study.context_length)
         if not isinstance(context, int) or context < 2:
-            raise ValueError(f"arms.{arm}.grid: {CONTEXT}={context} has to be a number of tokens of at least 2")
+            raise UserError(f"arms.{arm}.grid: {CONTEXT}={context} has to be a number of tokens of at least 2")
         keys = flat(study.recipe) | flat(described.recipe) | {key: point[key] for key in point if key != CONTEXT}
         recipe = _recipe(study, arm, keys)
         start = _find_start(study, arm, described.start_from, point, earlier) if described.start_from else None
         run = Run(len(earlier) + len(runs) + 1, "", arm, context, study.config, (), recipe, start)
         if run.segment_length > context:
-            raise ValueError(f"arm {arm}: model.segment_length={run.segment_length} is longer than a row of {context}")
+            raise UserError(f"arm {arm}: model.segment_length={run.segment_length} is longer than a row of {context}")
         order = recipe.data.seed
         if "seed" in point and "data.seed" not in keys:
             order = recipe.seed + (ORDER_APART * (start.stage + 1) if start else 0)
@@ -239,11 +240,11 @@ def _runs_of(study: Study, arm: str, points: list[dict], earlier: list[Run]) -> 
 def _recipe(study: Study, arm: str, keys: dict[str, Any]) -> Recipe:
     for key in OF_THE_STUDY:
         if key in keys:
-            raise ValueError(f"{key} is set by the study itself: leave it out of the recipe and grid of arm {arm}")
+            raise UserError(f"{key} is set by the study itself: leave it out of the recipe and grid of arm {arm}")
     try:
         return load_recipe(study.config, [f"{key}={_written(value)}" for key, value in keys.items()])
-    except ValueError as error:
-        raise ValueError(f"arm {arm}: {str(error).replace('the command line', 'the study')}") from error
+    except UserError as error:
+        raise UserError(f"arm {arm}: {str(error).replace('the command line', 'the study')}") from error
 
 
 def _find_start(study: Study, arm: str, start_from: str, point: dict, earlier: list[Run]) -> Run:
@@ -261,7 +262,7 @@ def _find_start(study: Study, arm: str, start_from: str, point: dict, earlier: l
     if len(candidates) != 1:
         wanted = ", ".join(f"{key}={point.get(key)}" for key in varied)
         found = "no run" if not candidates else f"{len(candidates)} runs"
-        raise ValueError(f"arms.{arm}: {found} of arm {start_from} to start from with {wanted}")
+        raise UserError(f"arms.{arm}: {found} of arm {start_from} to start from with {wanted}")
     return candidates[0]
 
 

@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from infini_ds.study import figures
-from infini_ds.study.findings import (
+from infini_ds.study.commands import is_done, readable, run_steps
+from infini_ds.study.conclusions import (
     TASKS,
     findings,
     gained,
@@ -20,11 +21,11 @@ from infini_ds.study.findings import (
     shown,
 )
 from infini_ds.study.grid import Run, Study
-from infini_ds.study.local import Failure
-from infini_ds.study.page import bullets, table, to_html
-from infini_ds.study.published import FIGURES, GPT_NEO, STEPS
+from infini_ds.study.html import bullets, table, to_html
+from infini_ds.study.local_runner import Failure
+from infini_ds.study.reference_results import FIGURES, GPT_NEO, STEPS
 from infini_ds.study.results import Cell, Result, cells, collect, spread
-from infini_ds.study.steps import is_done, readable, run_steps
+from infini_ds.utils.errors import UserError
 
 PICTURES = "figures"
 HASH = 16  # digits of a sha256 that are shown
@@ -34,11 +35,11 @@ def write_report(study: Study, runs: list[Run], failures: list[Failure]) -> Path
     """Of whatever is finished; returns report.html.
 
     Raises:
-        ValueError: no run is finished.
+        UserError: no run is finished.
     """
     results = collect(runs)
     if not results:
-        raise ValueError(f"no run in {study.folder} is finished, so there is nothing to report: make the runs first")
+        raise UserError(f"no run in {study.folder} is finished, so there is nothing to report: make the runs first")
     pictures = study.folder / PICTURES
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)

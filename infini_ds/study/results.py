@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from infini_ds.checkpoint.manifest import sha256_of
+from infini_ds.config.lr_schedule import gate_reach
+from infini_ds.metrics.metric_writers import read_metrics
+from infini_ds.study.commands import evaluation_folder, read_evaluation
 from infini_ds.study.grid import Run
-from infini_ds.study.steps import evaluation_folder, read_evaluation
-from infini_ds.training.marks import sha256_of
-from infini_ds.training.metrics import read_metrics
-from infini_ds.training.schedule import gate_reach
 
 GATE = re.compile(r"gate/layer_(\d+)/head_(\d+)")
 

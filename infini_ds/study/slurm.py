@@ -3,8 +3,8 @@
 import shlex
 from pathlib import Path
 
+from infini_ds.study.commands import is_done
 from infini_ds.study.grid import Run, Study
-from infini_ds.study.steps import is_done
 
 JOB = "launch/slurm/study.sbatch"
 

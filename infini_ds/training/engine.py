@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from infini_ds.training.processes import Process
-from infini_ds.training.recipe import OptimizerRecipe, Recipe
-from infini_ds.training.schedule import factor, gate_factor
+from infini_ds.config.lr_schedule import factor, gate_factor
+from infini_ds.config.recipe import OptimizerRecipe, Recipe
+from infini_ds.distributed.environment import DistEnv
+from infini_ds.utils.errors import UserError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
@@ -19,13 +20,13 @@ with warnings.catch_warnings():
     import deepspeed
 
 
-def connect(process: Process, timeout_minutes: float) -> None:
+def connect(process: DistEnv, timeout_minutes: float) -> None:
     """Join the run's processes; before any streaming object is made, which waits for the others in its constructor.
 
     A collective operation fails once it has waited for another rank for `timeout_minutes`.
 
     Raises:
-        ValueError: the processes did not find each other.
+        UserError: the processes did not find each other.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's to mend
     for name in ("DeepSpeed", "torch.distributed"):
@@ -43,7 +44,7 @@ def connect(process: Process, timeout_minutes: float) -> None:
         deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
     except RuntimeError as error:
         place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
-        raise ValueError(
+        raise UserError(
             f"rank {process.rank} could not join the {process.world_size} ranks at {place} within timeout_minutes="
             f"{timeout_minutes}: start every rank, and give an address of the first node that all reach, with a free "
             f"port ({str(error).strip().splitlines()[0]})"

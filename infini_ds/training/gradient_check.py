@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infini_ds.data.batches import micro_batches
-from infini_ds.training.randomness import random_states, restore_random_states
 from infini_ds.training.setup import Training
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.rng import get_rng_states, set_rng_states
 
 # Of a parameter's gradient, by its norm. Rounding differs with the order of sums, and a bf16 number has 8 bits.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -25,13 +26,13 @@ def check_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, stat
     Args:
         items: predicted tokens of the batch for each of its parts. states: random states before its first part.
     Raises:
-        ValueError: the gradients differ by more than rounding.
+        UserError: the gradients differ by more than rounding.
     """
     from infini_ds.training.engine import full_gradient
 
-    now = random_states()
+    now = get_rng_states()
     reference = unsharded_gradients(run, batch, items, states)
-    restore_random_states(now)
+    set_rng_states(now)
     differences, norms = {}, {}
     for name, parameter in run.model.named_parameters():
         differences[name] = (full_gradient(parameter).float() - reference[name]).norm().nan_to_num(torch.inf).item()
@@ -42,8 +43,8 @@ def check_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, stat
     off = {name: differences[name] / (norms[name] + SMALL * total) for name in norms if 0 < total < torch.inf}
     worst = max(off, key=off.get, default=None)
     if worst and off[worst] > tolerance:
-        raise ValueError(
-            f"guard.check_gradients: the gradient that DeepSpeed has summed up for {worst} differs from an unsharded "
+        raise UserError(
+            f"stability.check_gradients: the gradient that DeepSpeed has summed up for {worst} differs from an unsharded "
             f"recompute by {off[worst]:.2g} of its norm, where {run.precision} explains {tolerance:g} "
             f"({sum(value > tolerance for value in off.values())} of {len(off)} parameters do): train with another "
             "version of DeepSpeed, or with zero_optimization.stage 1, until the check passes"
@@ -60,7 +61,7 @@ def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, 
     copy.load_state_dict(model.state_dict())
     if run.recipe.model.gradient_checkpointing:
         copy.gradient_checkpointing_enable()
-    restore_random_states(states)
+    set_rng_states(states)
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in copy.named_parameters()}
     lowered = torch.autocast(device.type, engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled())
     for micro_batch in micro_batches(batch, shape.micro_rows, device):

@@ -12,25 +12,34 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data_prep.options import byte_count
-from infini_ds.data.shared_memory import one_start_at_a_time
+from infini_ds.checkpoint import manager as checkpoints
+from infini_ds.checkpoint.manifest import TrainState
+from infini_ds.config.deepspeed_config import deepspeed_config, default_file
+from infini_ds.config.model_config import check_vocabulary, model_config
+from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
 from infini_ds.data.sources import Source, check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
+from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
-from infini_ds.training import checkpoints
-from infini_ds.training.claim import claim
-from infini_ds.training.deepspeed_config import deepspeed_config, default_file
-from infini_ds.training.footprint import Sharding, Work
-from infini_ds.training.marks import TrainState
-from infini_ds.training.model import build_model, check_vocabulary, fitting_block, model_config
-from infini_ds.training.processes import Process
-from infini_ds.training.randomness import seed_everything
-from infini_ds.training.recipe import BatchShape, Recipe, batch_shape
+from infini_ds.planning.memory_estimate import Workload, ZeroSharding
+from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.training.model_builder import build_model, fitting_block
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.rng import seed_everything
+from infini_ds.utils.run_lock import acquire_run_lock
 
 # What may differ between the recipe that began a run and the one that goes on with it.
 MAY_CHANGE = (
     *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
     *("data.path", "data.streams", "data.cache", "data.cache_limit", "data.workers"),  # the fingerprint is compared
-    *("checkpoint", "guard", "batch.micro_rows", "model.segments_per_block", "model.gradient_checkpointing"),
+    *(
+        "checkpoint",
+        "stability",
+        "guard",
+        "batch.micro_rows",
+        "model.segments_per_block",
+        "model.gradient_checkpointing",
+    ),
     *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
 )
 
@@ -40,7 +49,7 @@ class Training:
     """All that the loop works on."""
 
     recipe: Recipe
-    process: Process
+    process: DistEnv
     shape: BatchShape
     precision: str
     sequence_length: int
@@ -68,24 +77,24 @@ def newest_checkpoint(recipe: Recipe, data: dict) -> Path | None:
     """The checkpoint to go on from, the same on all ranks.
 
     Raises:
-        ValueError: there is one, but the recipe asks for a new run or makes other numbers; or all are damaged.
+        UserError: there is one, but the recipe asks for a new run or makes other numbers; or all are damaged.
     """
-    found = [checkpoints.good_checkpoints(recipe.folder)]
+    found = [checkpoints.complete_checkpoints(recipe.folder)]
     dist.broadcast_object_list(found)  # of the first rank: a shared file system may show others less
     if found[0] and not recipe.resume:
-        raise ValueError(
+        raise UserError(
             f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
         )
     if found[0]:
         check_same_run(recipe, data)
-    return checkpoints.newest_whole(recipe.folder)
+    return checkpoints.newest_intact(recipe.folder)
 
 
-def set_up(recipe: Recipe, process: Process) -> Training | None:
+def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     """Check everything that can be wrong, then build, connecting the processes on the way. None: nothing is left to do.
 
     Raises:
-        ValueError: the recipe does not fit the data, the ranks, or the run that it is to go on with.
+        UserError: the recipe does not fit the data, the ranks, or the run that it is to go on with.
     """
     sources = find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache)
     manifest = sources[0].manifest
@@ -99,7 +108,7 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     ds_config = deepspeed_config(file, recipe, shape, precision)
     config = model_config(recipe, manifest)
     if recipe.model.attention == "flex_attention" and process.device.type == "cpu":
-        raise ValueError(
+        raise UserError(
             "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it on the CPU: "
             "take model.attention=sdpa"
         )
@@ -109,18 +118,18 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
     check_vocabulary(recipe, sources[0].folder / "tokenizer")
     data = fingerprint(sources, shape.rows, recipe.data.seed)
 
-    held = claim(recipe) if process.is_first else None
+    held = acquire_run_lock(recipe.folder) if process.is_first else None
 
     from infini_ds.training.engine import build_engine, connect
 
     connect(process, recipe.timeout_minutes)
     newest = newest_checkpoint(recipe, data)
-    state = checkpoints.read_mark(newest).state if newest else TrainState()
+    state = checkpoints.read_manifest(newest).state if newest else TrainState()
     if state.step >= recipe.steps:
         return None
     if recipe.model.segments_per_block == "auto":
-        work = Work.of(recipe, config, shape, manifest.sequence_length, precision)
-        sharding = Sharding.from_json(ds_config, process.world_size)
+        work = Workload.of(recipe, config, shape, manifest.sequence_length, precision)
+        sharding = ZeroSharding.from_json(ds_config, process.world_size)
         config.segments_per_block = fitting_block(work, sharding, process)
     if process.is_first:
         describe_run(recipe, sources, data)
@@ -139,13 +148,13 @@ def set_up(recipe: Recipe, process: Process) -> Training | None:
 
 
 def check_same_run(recipe: Recipe, data: dict) -> None:
-    """Raise a ValueError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
+    """Raise a UserError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
     now, defaults = _flatten(asdict(recipe)), _flatten(asdict(Recipe()))  # a key may be younger than the run
     begun = defaults | _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
     for key in now | begun:
         before, value = begun.get(key, "the default"), now.get(key, "the default")
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE) and value != before:
-            raise ValueError(
+            raise UserError(
                 f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
                 f"or give {key}={before} to go on with it"
             )

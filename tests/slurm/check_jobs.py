@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SHAPE, environment
+from harness import ROOT, SHAPE, environment
 
-from infini_ds.training.metrics import read_metrics
+from infini_ds.metrics.metric_writers import read_metrics
 
 pytestmark = pytest.mark.timeout(900)
 CHOICES = [

@@ -1,0 +1,1 @@
+"""Checkpoints: the manifest, the checkpoint manager, universal checkpoints."""

@@ -1,0 +1,1 @@
+"""Recipes: typed sections, the loader, DeepSpeed's JSON, learning-rate schedules."""

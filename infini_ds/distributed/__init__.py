@@ -1,0 +1,1 @@
+"""The distributed environment, collectives, signals and the connectivity check."""

@@ -1,0 +1,81 @@
+"""Which process of the run this is, however it was started: `deepspeed`, `torchrun`, `srun`, or plain `python`."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from infini_ds.utils.errors import UserError
+
+# What srun sets -> what torch, DeepSpeed and streaming read. DeepSpeed's own Slurm launcher does not map the ranks.
+FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE"}
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def detect_environment() -> DistEnv:
+    """Read this process's place from the environment and complete the environment for the libraries that read it.
+
+    Raises:
+        UserError: several Slurm tasks, but no MASTER_ADDR.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        for theirs, ours in FROM_SLURM.items():
+            env[ours] = env[theirs]
+        env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if int(env["WORLD_SIZE"]) > 1 and missing:
+            raise UserError(
+                f"{missing[0]} is not set: in the job script, export MASTER_ADDR=$(scontrol show hostnames "
+                '"$SLURM_JOB_NODELIST" | head -n 1) and MASTER_PORT=29500 before srun'
+            )
+    env.setdefault("RANK", "0")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    # streaming reads LOCAL_WORLD_SIZE, which DeepSpeed calls LOCAL_SIZE; without it two ranks collide in shared memory.
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+    env.setdefault("LOCAL_SIZE", env["LOCAL_WORLD_SIZE"])
+    if env["WORLD_SIZE"] == "1":
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", free_port())
+    process = DistEnv(*(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    if torch.cuda.is_available() and process.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {process.local_rank} of this node sees {torch.cuda.device_count()} GPUs: start one rank a GPU, and "
+            "let each see all of the node's (with Slurm --gres=gpu:N and not --gpus-per-task)"
+        )
+    return process
+
+
+def set_cpu_threads(process: DistEnv) -> None:
+    """On the CPU, divide this node's cores among its ranks, unless Slurm has done so."""
+    if process.device.type == "cpu":
+        sharing = 1 if "SLURM_CPUS_PER_TASK" in os.environ else process.local_world_size
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
+
+
+def shutdown() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

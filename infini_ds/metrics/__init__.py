@@ -1,0 +1,1 @@
+"""Metric writers (TensorBoard, JSON lines) and diagnostics of the compressive memory."""

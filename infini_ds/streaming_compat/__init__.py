@@ -1,0 +1,1 @@
+"""The door to MosaicML Streaming, and every work-around for it."""

@@ -1,0 +1,30 @@
+"""Errors that are the user's to repair, and the sentences that say how."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can repair. The message is one sentence: the option, its value, and the remedy.
+
+    `distributed.environment.run_main` prints the sentence without a stack and exits with code 2. Every other exception
+    is a mistake of the program and keeps its stack. `INFINI_DS_TRACEBACK=1` shows the stack of a UserError too.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
+    """Return ": did you mean NEAREST?" for an unknown `name`, or "; known are ..." if no known name is near.
+
+    Args:
+        prefix: goes before the nearest name, such as "model.config.".
+        cutoff: least similarity, from 0 to 1, as for `difflib.get_close_matches`.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f": did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error's message without the final period, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,198 @@
+"""Conversion: an export stands alone and gives the engine's logits; GPT-Neo becomes Infini-GPT-Neo; the scripts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import call_script, environment, pretrain, run_script
+from safetensors.torch import load_file
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+from infini_ds.conversion.locate import load_model, load_tokenizer, locate
+from infini_ds.metrics.metric_writers import read_metrics
+from infini_ds.model import InfiniGPTNeoForCausalLM
+
+# A process that has torch and transformers, and none of this project's packages nor the libraries that train.
+ALONE = """
+import sys
+
+for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "omegaconf"):
+    sys.modules[name] = None  # as if it were not installed
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+folder, out = sys.argv[1:]
+# First, for transformers 4 then has not yet copied the code that another class of the folder may need.
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = torch.arange(1, 201).view(2, 100)
+text = pipeline("text-generation", model=model, tokenizer=tokenizer)("import", max_new_tokens=40, do_sample=False)
+with torch.no_grad():
+    state = classifier.transformer(ids).last_hidden_state[:, -1]
+    assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
+    last = model.lm_head(state)
+    torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(runs):
+    """The run `one`, exported by the command line in safetensors of at most 100 kB."""
+    out = runs / "one" / "export"
+    run_script("launch/convert.py", runs / "one", "--out", out, "--max-shard-size", "100KB")
+    return out
+
+
+def test_export_holds_what_is_promised(exported):
+    shards = list(exported.glob("model-*.safetensors"))
+    assert len(shards) > 2 and (exported / "model.safetensors.index.json").exists()
+    config = json.loads((exported / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert config["segment_length"] == 32 and config["vocab_size"] == 512
+    card = (exported / "README.md").read_text()
+    validation = [line for line in read_metrics(exported.parent) if "validation/loss" in line][-1]
+    for words in (
+        f"{validation['validation/loss']:.4f}",
+        "segment_length: 32",
+        '"source": "text:',
+        "trust_remote_code",
+    ):
+        assert words in card, words
+    for name in ("tokenizer.json", "generation_config.json", "modeling.py", "configuration.py", "memory.py"):
+        assert (exported / name).exists(), name
+
+
+def test_export_alone_gives_the_engines_logits(exported, tmp_path):
+    """In a fresh process, in another folder, without this project."""
+    variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "out.pt")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    alone = torch.load(tmp_path / "out.pt")
+    engine = load_model(locate(exported.parent))
+    with torch.no_grad():
+        logits = engine(torch.arange(1, 201).view(2, 100)).logits
+    assert torch.equal(alone["logits"], logits)
+    assert torch.allclose(alone["last"], logits[:, -1], rtol=0, atol=1e-5)  # the classifier's body has the weights
+    assert alone["text"].startswith("import") and len(alone["text"]) > 20
+
+
+def test_export_from_two_ranks_and_in_bf16(runs, tmp_path):
+    call_script("launch/convert.py", runs / "two", "--out", tmp_path / "bf16", "--dtype", "bfloat16")
+    (file,) = (tmp_path / "bf16").glob("*.safetensors")
+    weights = load_file(file)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    full = load_model(locate(runs / "two")).state_dict()
+    assert all(torch.equal(full[name].bfloat16(), tensor) for name, tensor in weights.items())
+
+
+def test_a_folder_of_other_files_is_not_overwritten(runs, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = call_script("launch/convert.py", runs / "one", "--out", tmp_path, code=2)
+    assert "holds other files" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.fixture(scope="module")
+def gpt_neo(shards, tmp_path_factory):
+    """A GPT-Neo with random weights, saved by transformers."""
+    torch.manual_seed(0)
+    layers = {"hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 2}
+    positions = {"max_position_embeddings": 64, "window_size": 16}
+    config = GPTNeoConfig(vocab_size=512, **layers, **positions, bos_token_id=0, eos_token_id=0)
+    folder = tmp_path_factory.mktemp("gpt-neo")
+    GPTNeoForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(locate_tokenizer(shards)).save_pretrained(folder)
+    return folder
+
+
+def locate_tokenizer(shards):
+    from infini_ds.conversion.locate import Source
+
+    return Source(shards / "tokenizer", None, None)
+
+
+@pytest.mark.parametrize(("gates", "beta"), [("closed", -4.0), ("zero", 0.0)])
+def test_gpt_neo_becomes_infini_gpt_neo_and_trains_on(gates, beta, gpt_neo, shards, tmp_path):
+    out = tmp_path / "infini"
+    call_script("launch/convert.py", "--from-gpt-neo", gpt_neo, "--out", out, "--segment-length", 32, "--gates", gates)
+    model = InfiniGPTNeoForCausalLM.from_pretrained(out).eval()
+    assert all((layer.attention.beta == beta).all() for layer in model.transformer.h)
+    ids = torch.randint(2, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    theirs = GPTNeoForCausalLM.from_pretrained(gpt_neo).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-5)  # one segment
+    pretrain(shards, tmp_path, "tuned", "steps=6", "validation.every=6", shape=[f"model.start_from={out}"])
+    lines = read_metrics(tmp_path / "tuned")
+    before, after = (line["validation/loss"] for line in lines if "validation/loss" in line)
+    assert after < before
+    assert lines[-2]["gate/layer_0/head_0"] != pytest.approx(1 / (1 + torch.tensor(-beta).exp().item()), abs=1e-4)
+
+
+def test_mistakes_get_a_sentence(runs, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "checkpoints").mkdir(parents=True)
+    for arguments, words in (
+        ([tmp_path / "none"], "there is no such folder"),
+        ([empty], "no finished checkpoint"),
+        ([tmp_path], "neither an exported folder"),
+        (["--from-gpt-neo", tmp_path], "--from-gpt-neo"),
+        ([runs / "one", "--from-gpt-neo", "x"], "either"),
+        ([runs / "one", "--gates", "zero"], "--gates zero has a meaning only with --from-gpt-neo"),
+    ):
+        done = call_script("launch/convert.py", *arguments, "--out", tmp_path / "out", code=2)
+        assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_refused_upload_keeps_the_folder(exported, tmp_path):
+    out = tmp_path / "out"
+    done = call_script("launch/convert.py", exported.parent, "--out", out, "--push-to-hub", "nobody/nothing", code=2)
+    assert "--push-to-hub nobody/nothing" in done.stderr and "Traceback" not in done.stderr
+    assert (out / "config.json").exists()
+
+
+def test_generate_from_run_checkpoint_and_export(exported, tmp_path):
+    """The three give the same text; prompts come from arguments, files and standard input; longer than any segment."""
+    greedy = ["--temperature", "0", "--max-new-tokens", "12"]
+    prompt = "def walk(self, node):\n    return " * 20
+    texts = [
+        call_script("launch/generate.py", folder, "--prompt", prompt, *greedy).stdout
+        for folder in (exported, exported.parent, exported.parent / "checkpoints" / "step-000020")
+    ]
+    assert texts[0].startswith(prompt) and len(texts[0]) > len(prompt) + 5
+    assert texts[0] == texts[1] == texts[2]
+    (tmp_path / "prompt.txt").write_text(prompt)
+    assert call_script("launch/generate.py", exported, "--file", tmp_path / "prompt.txt", *greedy).stdout == texts[0]
+    assert run_script("launch/generate.py", exported, *greedy, stdin=prompt).stdout == texts[0]
+    call_script("launch/generate.py", exported, "--prompt", prompt, "--memory-off", "--max-new-tokens", "3")
+
+
+def test_mistakes_in_generate_get_a_sentence(exported, tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for arguments, words in (
+        (["--file", tmp_path / "binary"], "cannot be read as text"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+    ):
+        done = call_script("launch/generate.py", exported, *arguments, code=2)
+        assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_report(exported):
+    run = exported.parent
+    done = call_script("launch/report.py", run, "--rows", "4")
+    text = (run / "report.md").read_text()
+    for words in ("validation loss", "with the memory off", "tokens/s", "launch/generate.py", "tensorboard --logdir"):
+        assert words in done.stdout and words in text, words
+    for name in ("loss.png", "loss_by_position.png", "gates.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG") and name in text

@@ -1,0 +1,121 @@
+"""Two hosts, as two network namespaces with a cable between them: `deepspeed --hostfile`, by ssh and node by node."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, TINY, environment
+
+from infini_ds.metrics.metric_writers import read_metrics
+
+HOSTS = {"infini-a": "10.77.31.1", "infini-b": "10.77.31.2"}
+CABLE = "infini0"
+# Each host has a /dev/shm of its own.
+ON = 'exec ip netns exec {host} unshare --mount sh -c \'mount -t tmpfs tmpfs /dev/shm && exec "$@"\' -- "$@"'
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def on(host: str, *command) -> list[str]:
+    return ["bash", "-c", ON.format(host=host), "--", *map(str, command)]
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    if not shutil.which("ip"):
+        pytest.skip("needs iproute2")
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host)
+        a, b = HOSTS
+        ip("link", "add", CABLE, "netns", a, "type", "veth", "peer", "name", CABLE, "netns", b)
+        for host, address in HOSTS.items():
+            ip("-n", host, "address", "add", f"{address}/24", "dev", CABLE)
+            ip("-n", host, "link", "set", "lo", "up")
+            ip("-n", host, "link", "set", CABLE, "up")
+        yield HOSTS
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+    finally:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+def command_of(shards: Path, folder: Path, *options: str) -> list[str]:
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in HOSTS.values()))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--log_level", "error"]
+    where = [f"data.path={shards}", f"output={folder}", "name=hosts", "batch.micro_rows=1"]
+    master = ["--master_addr", HOSTS["infini-a"], "--master_port", "29531"]
+    return [*map(str, launcher), *options, *master, "launch/pretrain.py", *TINY, *where, "validation.every=10"]
+
+
+def assert_trained_as_by_one_launcher(folder: Path, runs: Path) -> None:
+    """The same numbers as two ranks of one host."""
+    ours, theirs = (
+        [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+        for run in (folder / "hosts", runs / "two")
+    )
+    assert len(ours) == 20 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+
+
+def test_a_launcher_on_each_of_two_hosts(hosts, shards, runs, tmp_path):
+    variables = environment(GLOO_SOCKET_IFNAME=CABLE, OMP_NUM_THREADS="1")
+    launchers = [
+        subprocess.Popen(
+            on(host, *command_of(shards, tmp_path, "--no_ssh", "--node_rank", str(number))),
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number, host in enumerate(hosts)
+    ]
+    try:
+        outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert "2 ranks" in outputs[0]
+    assert_trained_as_by_one_launcher(tmp_path, runs)
+
+
+def test_one_launcher_reaches_two_hosts_by_ssh(hosts, shards, runs, tmp_path):
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not sshd or not shutil.which("pdsh"):
+        pytest.skip("needs sshd and pdsh")
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    shutil.copy(f"{key}.pub", tmp_path / "authorized")
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it
+    options = {"AuthorizedKeysFile": tmp_path / "authorized", "StrictModes": "no", "Port": 2231, "PidFile": "none"}
+    settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    servers = [subprocess.Popen(on(host, sshd, "-D", "-f", "/dev/null", "-h", key, *settings)) for host in hosts]
+    client = f"-i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    variables = environment(PDSH_SSH_ARGS_APPEND=client, DS_ENV_FILE=str(tmp_path / "variables"))
+    exported = {
+        "GLOO_SOCKET_IFNAME": CABLE,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
+    (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
+    command = command_of(shards, tmp_path, "--ssh_port", "2231", "--no_ssh_check")
+    try:
+        done = subprocess.run(
+            on("infini-a", *command), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
+        )
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks" in done.stdout
+    assert_trained_as_by_one_launcher(tmp_path, runs)

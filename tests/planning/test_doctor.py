@@ -1,0 +1,163 @@
+"""The doctor: each fault is made for real, found, and mended where that is safe."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import ROOT, TINY, call_script, environment
+
+from infini_ds.config.recipe import BatchShape, load_recipe
+from infini_ds.data.sources import find_sources
+from infini_ds.distributed.environment import DistEnv
+from infini_ds.planning import doctor
+from infini_ds.planning.doctor import check_room_in_shm, check_versions, examine
+
+
+@pytest.fixture
+def data(shards, tmp_path) -> Path:
+    """A copy, expanded, to damage."""
+    copy = shutil.copytree(shards, tmp_path / "data")
+    source = find_sources(str(copy), [], "")[0]
+    import zstandard
+
+    for split in ("train", "validation"):
+        for packed in (source.folder / split).glob("*.zstd"):
+            packed.with_suffix("").write_bytes(zstandard.decompress(packed.read_bytes()))
+    return copy
+
+
+def findings(data, tmp_path, *overrides: str, fix: bool = False) -> list[tuple[str, str, str]]:
+    recipe = load_recipe(None, [f"data.path={data}", f"output={tmp_path / 'runs'}", *TINY, *overrides])
+    return [(one.check, one.state, one.sentence) for one in examine(recipe, DistEnv(0, 0, 1, 1), fix)]
+
+
+def those(found, *states: str) -> list[tuple[str, str]]:
+    """Without shared memory: other runs of this machine may leave something at any time."""
+    return [(check, sentence) for check, state, sentence in found if state in states and check != "shared memory"]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_sound_node_has_no_problem_and_the_script_says_so(data, tmp_path):
+    assert those(findings(data, tmp_path), "warning", "problem") == []
+    done = call_script("launch/doctor.py", f"data.path={data}", f"output={tmp_path}", *TINY)
+    lines = done.stdout.splitlines()
+    assert all(line.split()[0] in ("ok", "warning") for line in lines), lines
+    assert any(line.startswith("ok      shards        2 shards in ") for line in lines), lines
+    assert not any("\x1b[" in line for line in lines)
+
+
+def test_damaged_shards_are_found_and_removed_where_they_can_be_made_anew(data, tmp_path):
+    expanded = data / "train" / "shard.00000.mds"
+    flip(expanded)
+    assert those(findings(data, tmp_path), "warning") == [
+        ("shards", f"{expanded} is damaged: a run makes it anew from {expanded}.zstd, --fix removes it")
+    ]
+    assert not those(findings(data, tmp_path, fix=True), "warning", "problem") and not expanded.exists()
+    assert those(findings(data, tmp_path), "warning", "problem") == []
+
+    packed = data / "validation" / "shard.00000.mds.zstd"
+    flip(packed)
+    packed.with_suffix("").unlink()
+    (only,) = those(findings(data, tmp_path, fix=True), "warning", "problem")
+    assert only[1].startswith(f"{packed} is damaged: copy it again") and packed.exists()
+    packed.unlink()
+    done = call_script("launch/doctor.py", f"data.path={data}", f"output={tmp_path}", *TINY, code=1)
+    assert "shard.00000.mds is missing: copy it again" in done.stdout
+
+
+def test_cache_limit_leftovers_and_missing_data(data, tmp_path):
+    ((check, sentence),) = those(findings(data, tmp_path, "data.cache_limit=1GB"), "problem")
+    assert check == "cache limit" and "the only copy: name it file://" in sentence
+    far = f"file://{data}"
+    assert not those(findings(far, tmp_path, f"data.cache={tmp_path / 'cache'}", "data.cache_limit=1GB"), "problem")
+
+    left = data / "train" / "shard.00000.mds.unfinished-host-1"
+    fresh = data / "train" / "shard.00000.mds.unfinished-host-2"
+    for file in (left, fresh):
+        file.write_bytes(b"half")
+    os.utime(left, (time.time() - 7200,) * 2)
+    ((check, sentence),) = those(findings(data, tmp_path), "warning")
+    assert check == "leftovers" and sentence.startswith("1 unfinished files") and left.name in sentence
+    findings(data, tmp_path, fix=True)
+    assert not left.exists() and fresh.exists()  # the other may have a writer
+
+    ((check, sentence),) = those(findings("/nowhere", tmp_path), "problem")
+    assert check == "recipe" and "/nowhere" in sentence
+
+
+def test_room(data, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        ((check, sentence),) = those(
+            findings(data, tmp_path, f"output={small}", "model.config.num_layers=8"), "problem"
+        )
+        assert check == "run" and f"{small} has 0 MiB free" in sentence and "output=" in sentence
+        sources = find_sources(str(data), [], "")
+        (found,) = check_room_in_shm(sources, BatchShape(64, 1, 1), workers=4, ranks=1, folder=small)
+        assert found.state == "problem" and "--shm-size" in found.sentence
+        (found,) = check_room_in_shm(sources, BatchShape(4, 1, 1), workers=0, ranks=1, folder=small)
+        assert found.state == "ok"
+        packed = shutil.copytree(data, small / "data", ignore=shutil.ignore_patterns("*.mds"))
+        (small / "filler").write_bytes(b"\0" * (shutil.disk_usage(small).free - 8192))
+        found = those(findings(packed, tmp_path), "problem")
+        assert [check for check, _ in found] == ["data"] and "read it through data.cache" in found[0][1]
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
+
+
+def test_shared_memory_of_the_dead_is_removed(data):
+    """As a run leaves it that was killed as a whole; a number so high that no run takes it."""
+    files = [doctor.SHM / "987654_locals", doctor.SHM / "987654_barrier", Path("/tmp/987654_cache_filelock")]
+    for file in files:
+        file.write_bytes(b"\0\0\0\0")
+    try:
+        (found,) = (one for one in doctor.check_shared_memory(False) if one.state == "warning")
+        assert "dead runs of" in found.sentence and "--fix removes them" in found.sentence
+        list(doctor.check_shared_memory(True))
+        assert not any(file.exists() for file in files)
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def test_bad_versions_are_named():
+    installed = {"deepspeed": "0.18.9", "mosaicml-streaming": "0.13.0", "torch": "2.5.1+cu121", "transformers": "5.1.0"}
+    sentences = [finding.sentence for finding in check_versions(installed.get)]
+    assert sentences[0].startswith("deepspeed 0.18.9 (==0.18.9): it modifies a view in place")
+    assert sentences[1].startswith("deepspeed 0.18.9 (<0.19.4): ZeRO-2 in bf16")
+    assert sentences[2].startswith("torch 2.5.1+cu121") and len(sentences) == 3
+
+
+def test_ranks_meet_or_are_missed(tmp_path):
+    done = call_script("launch/doctor.py", "--only-ranks", "--ranks", "2")
+    assert done.stdout.startswith("ok      ranks         2 ranks on ") and "by gloo" in done.stdout, done.stdout
+    port = str(25_000 + os.getpid() % 20_000)
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "launch/doctor.py", "--only-ranks", "--seconds", "3"]
+    alone = [
+        subprocess.Popen(
+            command,
+            env=environment(**places | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(int(port) + int(rank))}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in ("0", "1")
+    ]
+    first, second = (process.communicate(timeout=60)[0] for process in alone)
+    assert [process.returncode for process in alone] == [1, 1]
+    assert "problem ranks         rank 1 of 2 did not come to 127.0.0.1" in first and "Traceback" not in first
+    assert "cannot be reached from" in second and "Traceback" not in second

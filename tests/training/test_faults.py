@@ -1,0 +1,114 @@
+"""A job of two ranks that is killed again and again, in the middle of saving too, ends as one that was never stopped.
+
+pytest tests/training/test_faults.py --kills=20 -s      the long version, with its figures as they come
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import SHAPE, run_ranks, start_ranks
+
+from infini_ds.checkpoint.manifest import complete_checkpoints, incomplete_checkpoints, read_manifest
+from infini_ds.conversion.locate import load_model, locate
+from infini_ds.metrics.metric_writers import read_metrics
+
+RANKS = 2
+LIMIT = 180.0  # seconds for a start
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+def kill(processes) -> str:
+    """SIGKILL to all processes of the job, workers included; what they leave in shared memory is the next one's to
+    remove. Returns what the first rank had said.
+    """
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    outputs = [process.communicate()[0] for process in processes]
+    return outputs[0]
+
+
+def wait_until(processes, condition) -> None:
+    """Look every millisecond, as long as the job lives."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), "the job has come to its end before its kill"
+        time.sleep(0.001)
+
+
+def recorded(run: Path, since: int) -> int:
+    """The steps in the metrics, once a job that was started at `since` (ns) has cut off those that it makes again."""
+    file = run / "metrics.jsonl"
+    return len(losses(run)) if file.exists() and file.stat().st_mtime_ns > since else 0
+
+
+def half_written(run: Path, since: int) -> dict[Path, int]:
+    """The checkpoints that a job, started at `since` (ns), has not finished writing, or removing: how many files each
+    has.
+    """
+    found = {}
+    for folder in incomplete_checkpoints(run):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_mtime_ns > since:
+                found[folder] = len(os.listdir(folder))
+    return found
+
+
+@pytest.mark.timeout(3600)
+def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
+    """Kills at drawn instants, by turns: while it trains, while it writes a checkpoint, while it starts."""
+    kills, draw = request.config.getoption("--kills"), random.Random(0)
+    steps = 10 * kills
+    recipe = ["batch.rows=4", "batch.micro_rows=2", f"steps={steps}", "log_every=1", "validation.every=0"]
+    recipe += ["optimizer.learning_rate=0.005", "schedule.warmup_steps=4", "checkpoint.every=2"]
+    arguments = [f"data.path={shards}", f"output={tmp_path}", *SHAPE, *recipe]
+    run_ranks(RANKS, *arguments, "name=whole")
+
+    run, while_saving, passed_over = tmp_path / "killed", 0, 0
+    for number in range(kills):
+        kind = ("training", "saving", "starting")[number % 3]
+        standing = len(complete_checkpoints(run)) and read_manifest(complete_checkpoints(run)[-1]).state.step
+        since, processes = time.time_ns(), start_ranks(RANKS, *arguments, "name=killed")
+        try:
+            if kind == "starting":
+                time.sleep(draw.uniform(0.1, 2))
+            elif kind == "training":
+                target = standing + draw.randint(1, 16)
+                wait_until(processes, lambda n=target, t=since: recorded(run, t) >= n)
+                time.sleep(draw.uniform(0, 0.05))
+            else:
+                files = draw.randrange(6)
+                wait_until(processes, lambda n=files, t=since: any(has >= n for has in half_written(run, t).values()))
+        finally:
+            output = kill(processes)
+        half = [f"{folder.name} with {has} files" for folder, has in half_written(run, since).items()]
+        good = complete_checkpoints(run)
+        while_saving += bool(half)
+        passed_over += "is not finished" in output
+        print(
+            f"kill {number + 1}, {kind}: {len(losses(run))} of {steps} steps recorded, "
+            f"{good[-1].name if good else 'no checkpoint'} stands, {', '.join(half) or 'none'} half done",
+            flush=True,
+        )
+    passed_over += "is not finished" in run_ranks(RANKS, *arguments, "name=killed")
+
+    a, b = (load_model(locate(folder)).state_dict() for folder in (run, tmp_path / "whole"))
+    equal = [name for name in a if torch.equal(a[name], b[name])]
+    ours, theirs = losses(run), losses(tmp_path / "whole")
+    print(
+        f"{kills} kills, {while_saving} with a checkpoint half done, passed over at {passed_over} starts; "
+        f"{sum(x == y for x, y in zip(ours, theirs, strict=True))} of {steps} losses and {len(equal)} of {len(a)} "
+        f"tensors equal; last loss {ours[-1]!r}, of the run never stopped {theirs[-1]!r}"
+    )
+    assert while_saving >= kills // 3
+    assert ours == theirs
+    assert len(equal) == len(a)
