@@ -61,7 +61,10 @@ def options() -> argparse.Namespace:
 def chosen_shape(args: argparse.Namespace) -> Shape:
     width, layers, heads = args.width, args.layers, args.heads
     if args.preset:
-        config = preset_config(args.preset)
+        try:
+            config = preset_config(args.preset)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         width, layers, heads = config.hidden_size, config.num_layers, config.num_heads
     if width % heads:
         raise UserError(f"--width {width} is not divisible by --heads {heads}")

@@ -108,7 +108,7 @@ def show(plan: Plan) -> None:
     console.print(facts)
 
     memory = Table("GiB of a rank", title="Memory", title_style="b", show_footer=True)
-    found = plan.footprint
+    found = plan.estimate
     columns = {"computing": found.computing, "reducing gradients": found.reducing, "optimizer's step": found.step}
     for name, parts in columns.items():
         memory.add_column(name, footer=f"{sum(parts.values()) / GIB:.2f}", justify="right")

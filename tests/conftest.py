@@ -11,7 +11,10 @@ import pytest
 import torch
 from harness import launch_pretrain, pretrain, run_script
 
+from infini_ds.utils.logging import setup_logging
+
 torch.set_num_threads(1)
+setup_logging()
 
 MODULES = [
     *("argparse", "ast", "calendar", "configparser", "csv", "difflib", "fractions", "gettext", "heapq", "inspect"),

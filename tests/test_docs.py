@@ -20,7 +20,7 @@ def test_examples_give_what_is_printed():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_tests_and_files_that_are_named_exist(document):
     text = document.read_text()
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     missing = [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests]
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     missing += [link for link in links if not (document.parent / link).exists()]

@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.logging import setup_logging
 
 SECONDS_FOR_FIRST_RANK = 5.0  # that the other ranks wait before they print an error
 SECONDS_FOR_ROLL_CALL = 3.0
@@ -20,11 +21,12 @@ SECONDS_FOR_ROLL_CALL = 3.0
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main()`, and turn its exceptions into messages and exit codes.
 
-    A `UserError` is printed as its sentence, without a stack, with exit code 2; INFINI_DS_TRACEBACK=1 adds the stack. An
-    error that all ranks raise is printed once: rank 0 prints it first, and the launcher then ends the other ranks. Every
-    other exception keeps its stack. On one of several ranks it ends the process at once; if the cause is another rank
+    A `UserError` is printed as its sentence, without a stack, with exit code 2; INFINI_DS_TRACEBACK=1 adds the stack.
+    An error that all ranks raise is printed once: rank 0 prints it first, and the launcher then ends the other ranks.
+    Every other exception keeps its stack. On one of several ranks it ends the process at once; if the cause is another rank
     that is gone, that rank is named.
     """
+    setup_logging()
     try:
         main()
     except UserError as error:

@@ -77,12 +77,12 @@ class Plan:
         return replace(self.asked, segments_per_block=largest_block(self.asked, self.sharding, self.room) or 1)
 
     @property
-    def estimate_memory(self) -> MemoryEstimate:
+    def estimate(self) -> MemoryEstimate:
         return estimate_memory(self.work, self.sharding)
 
     @property
     def fits(self) -> bool:
-        return self.footprint.peak <= self.room
+        return self.estimate.peak <= self.room
 
     @property
     def tokens(self) -> int:

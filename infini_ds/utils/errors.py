@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake that the user can repair. The message is one sentence: the option, its value, and the remedy.
 
-    `distributed.environment.run_main` prints the sentence without a stack and exits with code 2. Every other exception
+    `distributed.entry_point.run_main` prints the sentence without a stack and exits with code 2. Every other exception
     is a mistake of the program and keeps its stack. `INFINI_DS_TRACEBACK=1` shows the stack of a UserError too.
     """
 

@@ -236,7 +236,7 @@ def test_defaults_are_a_recipe():
 )
 def test_sizes_that_no_model_has_get_a_sentence(override):
     name, _, value = override.partition("=")
-    with pytest.raises(UserError, match=rf"^{override} must be "):
+    with pytest.raises(ValueError, match=rf"^{override} must be "):
         InfiniGPTNeoConfig(**{name: float(value) if name == "gate_init" else int(value)})
 
 

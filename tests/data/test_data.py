@@ -25,7 +25,7 @@ from infini_ds.streaming_compat.shards import ShardStream, is_whole
 from infini_ds.streaming_compat.shared_memory import SHM, find_kept, one_start_at_a_time, remove_stale
 from infini_ds.utils.errors import UserError
 
-RANKS = ROOT / "tests" / "ranks.py"
+RANKS = ROOT / "tests" / "support" / "ranks.py"
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from shards import read_rows, read_token_documents
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -25,7 +26,7 @@ from data_prep.prepare import PrepareOptions, load_manifest, prepare
 from data_prep.sources import ReadOptions, read_documents
 from data_prep.splits import digest
 from data_prep.text_chunks import cut, may_cut
-from infini_ds.streaming_compat.library import LocalDataset, StreamingDataset
+from infini_ds.streaming_compat.library import StreamingDataset
 from infini_ds.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -59,26 +60,6 @@ def reading(source, **changes):
 
 def read_texts(source, **changes):
     return [document.text for document in read_documents(reading(source, **changes))]
-
-
-def read_rows(split):
-    """Rows of a split. LocalDataset reads no compressed shards, so they are expanded beside themselves."""
-    for path in Path(split).glob("*.zstd"):
-        path.with_suffix("").write_bytes(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
-    dataset = LocalDataset(str(split))
-    return [decode_row(dataset[index]) for index in range(len(dataset))]
-
-
-def read_token_documents(split, start_id):
-    """The documents' tokens, put together from the rows by their lengths; a start token opens each."""
-    documents = []
-    for row in read_rows(split):
-        begin = 0
-        for length in row.document_lengths:
-            piece = row.input_ids[begin : begin + length].tolist()
-            documents.append(piece) if piece[0] == start_id else documents[-1].extend(piece)
-            begin += length
-    return documents
 
 
 def split_files(out):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_data_prep import read_rows, read_token_documents
+from shards import read_rows, read_token_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 

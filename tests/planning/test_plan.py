@@ -179,7 +179,7 @@ import sys, torch.distributed as dist
 from dataclasses import replace
 from infini_ds.training.model_builder import fitting_block
 from infini_ds.distributed.environment import DistEnv
-from tests.test_plan import LONG, ONE_RANK
+from test_plan import LONG, ONE_RANK
 
 rank, neighbours, rows = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}", rank=rank, world_size=2)
@@ -195,7 +195,7 @@ def test_all_ranks_choose_the_same_block(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), neighbours, str(rows), str(tmp_path / "meeting")],
             cwd=ROOT,
-            env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'support'}"),
+            env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'support'}:{ROOT / 'tests' / 'planning'}"),
             stdout=subprocess.PIPE,
             text=True,
         )
