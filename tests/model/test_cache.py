@@ -4,24 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from reference import TINY, random_ids, reference_forward, tiny_model
+from reference import TINY, random_ids, reference_forward, tiny_model, writer
 from strategies import texts_in_pieces
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infini_ds.model import (
-    BlockSchedule,
-    InfiniCache,
-)
+from infini_ds.model import BlockSchedule, InfiniCache
 
 many = settings(deadline=None, max_examples=60, derandomize=True)
 exact = {"rtol": 1e-9, "atol": 1e-11}
 S = TINY["segment_length"]
-
-
-def writer(**fields):
-    """Return a tiny model whose greedy text varies: with tied embeddings a random model repeats one token."""
-    return tiny_model(seed=26, tie_word_embeddings=False, **fields)
 
 
 @given(texts_in_pieces())

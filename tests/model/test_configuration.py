@@ -10,11 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import infini_ds.model
-from infini_ds.model import (
-    InfiniGPTNeoConfig,
-    InfiniGPTNeoForCausalLM,
-    InfiniGPTNeoModel,
-)
+from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
 from infini_ds.model.presets import PRESETS, preset_config
 
 FOLDER = Path(infini_ds.model.__file__).parent

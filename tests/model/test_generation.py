@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import TINY, random_ids, tiny_model
+from reference import TINY, random_ids, writer
 from torch.testing import assert_close
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -27,11 +27,6 @@ def greedy(model, ids, new_tokens):
     for _ in range(new_tokens):
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return ids[:, -new_tokens:]
-
-
-def writer(**fields):
-    """Return a tiny model whose greedy text varies: with tied embeddings a random model repeats one token."""
-    return tiny_model(seed=26, tie_word_embeddings=False, **fields)
 
 
 def left_padded(prompts, width=None):

@@ -7,13 +7,8 @@ from reference import TINY, random_ids, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
-from infini_ds.model import (
-    InfiniGPTNeoConfig,
-    InfiniGPTNeoForCausalLM,
-    InfiniGPTNeoModel,
-)
+from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
 
-exact = {"rtol": 1e-9, "atol": 1e-11}
 GPT_NEO = {name: value for name, value in TINY.items() if name != "segment_length"} | {"initializer_range": 0.3}
 
 

@@ -7,9 +7,7 @@ from reference import TINY, random_ids, tiny_model
 from strategies import batches
 from torch.testing import assert_close
 
-from infini_ds.model import (
-    InfiniGPTNeoForCausalLM,
-)
+from infini_ds.model import InfiniGPTNeoForCausalLM
 
 few = settings(deadline=None, max_examples=25, derandomize=True)
 exact = {"rtol": 1e-9, "atol": 1e-11}

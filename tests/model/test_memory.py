@@ -4,23 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import settings
 from torch.testing import assert_close
 
 from infini_ds.model import memory
-from infini_ds.model.memory import (
-    MemoryState,
-    blend,
-    feature_map,
-    memory_dtype,
-    prefix_sums,
-    retrieve,
-    segment_updates,
-)
+from infini_ds.model.memory import MemoryState, blend, feature_map, memory_dtype, prefix_sums, retrieve, segment_updates
 from infini_ds.model.memory_rule import RULES
 from infini_ds.model.segments import NO_DOCUMENT
 
-many = settings(deadline=None, max_examples=60, derandomize=True)
 RAGGED = [[1, 128, 128], [8, 128, 128], [128, 128, 128], [128, 3, 128], [1, 1, 128]]
 
 

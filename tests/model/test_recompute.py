@@ -11,10 +11,7 @@ from reference import gradients, random_ids, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
-from infini_ds.model import (
-    BlockSchedule,
-    InfiniGPTNeoForCausalLM,
-)
+from infini_ds.model import BlockSchedule, InfiniGPTNeoForCausalLM
 
 exact = {"rtol": 1e-9, "atol": 1e-11}
 S, G = 4, 2
