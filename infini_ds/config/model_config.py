@@ -8,7 +8,7 @@ from pathlib import Path
 from data_prep.manifest import Manifest
 from infini_ds.config.recipe import Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
-from infini_ds.model.presets import preset_config
+from infini_ds.model.presets import PRESETS, preset_config
 from infini_ds.utils.errors import UserError
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
@@ -40,6 +40,8 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
                 )
         config = _checked(InfiniGPTNeoConfig.from_pretrained, chosen.start_from, **given)
     else:
+        if chosen.preset not in PRESETS:
+            raise UserError(f"model.preset={chosen.preset!r} is not one of {', '.join(PRESETS)}")
         _check_fields(chosen.config)
         tokens = {}
         if manifest is not None:
