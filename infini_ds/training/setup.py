@@ -134,7 +134,15 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     if process.is_first:
         describe_run(recipe, sources, data)
     with one_start_at_a_time(process.local_rank == 0):
-        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, cache_limit)
+        stream = TrainingStream(
+            sources,
+            shape.rank_rows,
+            recipe.data.seed,
+            recipe.data.workers,
+            cache_limit,
+            data_rank=process.rank,
+            data_size=process.world_size,
+        )
         validation = ValidationRows(sources)
     model = build_model(recipe, config)
     engine = build_engine(model, recipe, ds_config)
