@@ -70,7 +70,7 @@ def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, 
         loss.backward()
         for name, parameter in copy.named_parameters():
             if parameter.grad is not None:
-                sums[name] += parameter.grad.float() / (shape.world_size * shape.accumulation)
+                sums[name] += parameter.grad.float() / (shape.data_size * shape.accumulation)
                 parameter.grad = None
     for gradient in sums.values():
         dist.all_reduce(gradient)
