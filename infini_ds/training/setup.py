@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -75,7 +75,7 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     """
     run = resolve(recipe, process)
     sources, shape, precision, config = list(run.sources), run.batch_shape, run.precision, run.model_config
-    ds_config, data = run.deepspeed, run.data_fingerprint
+    ds_config, data, schedule = run.deepspeed, run.data_fingerprint, run.block_schedule
     assert data is not None
     if process.device.type == "cuda" and precision == "bf16":
         # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
@@ -93,13 +93,13 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     if recipe.model.segments_per_block == "auto":
         work = Workload.of(recipe, config, shape, run.sequence_length, precision)
         sharding = ZeroSharding.from_json(ds_config, process.world_size)
-        config.segments_per_block = fitting_block(work, sharding, process)
+        schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, process))
     if process.is_first:
         describe_run(recipe, sources, data)
     with one_start_at_a_time(process.local_rank == 0):
         stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, run.cache_limit)
         validation = ValidationRows(sources)
-    model = build_model(recipe, config)
+    model = build_model(recipe, config, schedule)
     engine = build_engine(model, recipe, ds_config)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     if newest:
