@@ -125,8 +125,9 @@ class ShardStream(Stream):
         if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.local).free / 2**20
             return ShardError(
-                f"the disk is too full to expand {name}, which takes {raw.bytes / 2**20:,.1f} MiB, and {free:,.1f} MiB are "
-                f"free: free some space, or read the data through a cache on another disk, as file://{Path(self.local).resolve()}"
+                f"the disk is too full to expand {name}, which takes {raw.bytes / 2**20:,.1f} MiB, and {free:,.1f} MiB "
+                "are free: free some space, or read the data through a cache on another disk, as "
+                f"file://{Path(self.local).resolve()}"
             )
         if self.remote_folder is None and isinstance(reason, FileNotFoundError):
             return ShardError(

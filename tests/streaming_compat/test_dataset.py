@@ -12,6 +12,12 @@ from streaming_forks import run_in_fork
 from infini_ds.streaming_compat.library import ShardState
 from infini_ds.streaming_compat.stream import ShardError
 
+OURS = """
+from infini_ds.streaming_compat.dataset import ShardDataset
+from infini_ds.streaming_compat.stream import ShardStream
+
+stream = ShardStream(local=folder, split="train", remote_folder=None, bounded=False)
+"""
 EPOCH_ENDS_EARLY = """
 rows = 0
 try:
@@ -97,12 +103,7 @@ def test_plain_streaming_waits_forever_for_a_thread_that_failed(broken):
 
 
 def test_ours_counts_a_thread_that_failed_as_ended(broken):
-    code = """
-from infini_ds.streaming_compat.dataset import ShardDataset
-from infini_ds.streaming_compat.stream import ShardStream
-stream = ShardStream(local=folder, split="train", remote_folder=None, bounded=False)
-dataset = ShardDataset(streams=[stream], batch_size=2, predownload=100)
-"""
+    code = OURS + "dataset = ShardDataset(streams=[stream], batch_size=2, predownload=100)\n"
     assert run_in_fork(code + LEFT_AFTER_A_FAILURE.format(seconds=30), folder=str(broken)) is False
 
 
@@ -132,6 +133,31 @@ def test_ours_ends_the_threads_of_an_epoch_that_is_left(written):
         assert time.monotonic() < deadline, "a thread or the dataset is still there"
         gc.collect()
         time.sleep(0.02)
+
+
+WAITS_AT_EXIT = """
+import multiprocessing
+
+def run():
+    dataset._shard_states[1] = ShardState.PREPARING  # by another process
+    next(iter(dataset))
+
+process = multiprocessing.get_context("fork").Process(target=run)
+process.start()
+process.join({seconds})
+result = process.is_alive()
+process.kill()
+"""
+
+
+def test_plain_streaming_does_not_exit_while_a_thread_waits_for_a_shard(written):
+    code = 'dataset = StreamingDataset(local=folder, split="train", batch_size=2)\n'
+    assert run_in_fork(code + WAITS_AT_EXIT.format(seconds=2), folder=str(written)) is True
+
+
+def test_ours_exits_while_a_thread_waits_for_a_shard(written):
+    code = OURS + "dataset = ShardDataset(streams=[stream], batch_size=2)\n"
+    assert run_in_fork(code + WAITS_AT_EXIT.format(seconds=30), folder=str(written)) is False
 
 
 def test_rows_have_their_number(written):

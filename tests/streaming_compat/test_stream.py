@@ -153,7 +153,9 @@ def test_a_full_disk_gets_a_sentence(large, tmp_path):
         stream = ShardStream(local=str(copy), split="train", remote_folder=None, bounded=False)
         stream.apply_default(DEFAULTS)
         (shard,) = stream.get_shards(World.detect(), False)
-        with pytest.raises(ShardError, match=r"the disk is too full to expand .*copy/train/shard.*: free some space, or"):
+        with pytest.raises(
+            ShardError, match=r"the disk is too full to expand .*copy/train/shard.*: free some space, or"
+        ):
             stream.prepare_shard(shard)
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)

@@ -1,6 +1,6 @@
 """Runs code in forks of a process that has imported plain streaming: a fork takes milliseconds, an import seconds.
 
-    rows = run_in_fork("result = len(StreamingDataset(local=folder, batch_size=1))", folder=str(folder))
+rows = run_in_fork("result = len(StreamingDataset(local=folder, batch_size=1))", folder=str(folder))
 """
 
 import atexit
