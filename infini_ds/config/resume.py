@@ -6,7 +6,7 @@ from typing import Any
 from infini_ds.config.keys import list_keys
 from infini_ds.config.loader import show
 from infini_ds.config.recipe import Recipe, load_run_recipe
-from infini_ds.data.streams import check_fingerprint
+from infini_ds.config.training_data import check_fingerprint
 from infini_ds.utils.errors import UserError
 
 RESUMABLE = frozenset(key.name for key in list_keys(Recipe) if key.resumable)

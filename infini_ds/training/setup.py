@@ -22,7 +22,7 @@ from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
-from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.model_builder import build_model, fitting_block
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
@@ -97,7 +97,15 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     if process.is_first:
         describe_run(recipe, sources, data)
     with one_start_at_a_time(process.local_rank == 0):
-        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, run.cache_limit)
+        stream = TrainingStream(
+            sources,
+            shape.rank_rows,
+            recipe.data.seed,
+            recipe.data.workers,
+            run.cache_limit,
+            data_rank=process.rank,
+            data_size=process.world_size,
+        )
         validation = ValidationRows(sources)
     model = build_model(recipe, config, schedule)
     engine = build_engine(model, recipe, ds_config)

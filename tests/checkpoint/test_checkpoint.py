@@ -27,8 +27,8 @@ from infini_ds.checkpoint.manifest import (
     read_manifest,
 )
 from infini_ds.config.recipe import CheckpointRecipe, load_recipe
+from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import TrainingStream
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
