@@ -4,7 +4,8 @@ import difflib
 import math
 from dataclasses import dataclass, replace
 
-from infini_ds.config.recipe import BatchShape, Recipe
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import Recipe
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.planning.hardware import PUBLISHED_BF16, training_flops_per_token
 from infini_ds.planning.memory_estimate import (
@@ -74,7 +75,7 @@ class Plan:
         """With `segments_per_block: auto` resolved: the largest that fits, or 1."""
         if self.recipe.model.segments_per_block != "auto":
             return self.asked
-        return replace(self.asked, segments_per_block=largest_block(self.asked, self.sharding, self.room) or 1)
+        return self.asked.in_blocks_of(largest_block(self.asked, self.sharding, self.room) or 1)
 
     @property
     def estimate(self) -> MemoryEstimate:
@@ -92,7 +93,7 @@ class Plan:
         """Of training alone; recomputing is not counted in the MFU, so with checkpointing it is lower."""
         if self.device.flops is None:
             return None
-        rate = self.device.flops * self.shape.world_size * mfu
+        rate = self.device.flops * self.shape.data_size * mfu
         return self.tokens * training_flops_per_token(self.config) / rate / 86_400
 
     def choices(self) -> list[tuple[int, int | None, int | None]]:
@@ -101,7 +102,7 @@ class Plan:
         for rows in self._micro_rows():
             work = replace(self.work, rows=rows, accumulation=self.shape.rank_rows // rows)
             block = largest_block(work, self.sharding, self.room)
-            peak = estimate_memory(replace(work, segments_per_block=block), self.sharding).peak if block else None
+            peak = estimate_memory(work.in_blocks_of(block), self.sharding).peak if block else None
             found.append((rows, block, peak))
             if block is None:
                 break

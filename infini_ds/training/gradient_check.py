@@ -59,6 +59,7 @@ def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, 
     device, shape = run.process.device, run.shape
     copy = type(model)(model.config).to(device, next(model.parameters()).dtype).train(model.training)
     copy.load_state_dict(model.state_dict())
+    copy.block_schedule = model.block_schedule
     if run.recipe.model.gradient_checkpointing:
         copy.gradient_checkpointing_enable()
     set_rng_states(states)
@@ -70,7 +71,7 @@ def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, 
         loss.backward()
         for name, parameter in copy.named_parameters():
             if parameter.grad is not None:
-                sums[name] += parameter.grad.float() / (shape.world_size * shape.accumulation)
+                sums[name] += parameter.grad.float() / (shape.data_size * shape.accumulation)
                 parameter.grad = None
     for gradient in sums.values():
         dist.all_reduce(gradient)

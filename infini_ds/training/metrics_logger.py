@@ -101,7 +101,7 @@ class Meter:
 
     def __post_init__(self):
         self.flops = training_flops_per_token(self.run.model.config)
-        self.peak = peak_flops(self.run.process.device, self.run.precision) * self.run.shape.world_size
+        self.peak = peak_flops(self.run.process.device, self.run.precision) * self.run.process.world_size
         self._since = time.perf_counter()
         self._readings, self._waited, self._said = 0, self.run.stream.waited, False
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data_prep.options import byte_count
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState
-from infini_ds.config.deepspeed_config import deepspeed_config, default_file
-from infini_ds.config.model_config import check_vocabulary, model_config
-from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
-from infini_ds.data.sources import Source, check_cache_limit, find_sources
-from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import Recipe
+from infini_ds.config.resolve import resolve
+from infini_ds.config.resume import check_same_run
+from infini_ds.data.sources import Source
+from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
@@ -27,21 +27,6 @@ from infini_ds.training.model_builder import build_model, fitting_block
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
 from infini_ds.utils.run_lock import acquire_run_lock
-
-# What may differ between the recipe that began a run and the one that goes on with it.
-MAY_CHANGE = (
-    *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
-    *("data.path", "data.streams", "data.cache", "data.cache_limit", "data.workers"),  # the fingerprint is compared
-    *(
-        "checkpoint",
-        "stability",
-        "guard",
-        "batch.micro_rows",
-        "model.segments_per_block",
-        "model.gradient_checkpointing",
-    ),
-    *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
-)
 
 
 @dataclass
@@ -63,14 +48,6 @@ class Training:
     @property
     def model(self) -> InfiniGPTNeoForCausalLM:
         return self.engine.module
-
-
-def choose_precision(asked: str, device: torch.device) -> str:
-    """bf16 on a GPU that has it, else fp32; bf16 without native instructions is hundreds of times slower than fp32."""
-    if asked != "auto":
-        return asked
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
 
 
 def newest_checkpoint(recipe: Recipe, data: dict) -> Path | None:
@@ -96,27 +73,13 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     Raises:
         UserError: the recipe does not fit the data, the ranks, or the run that it is to go on with.
     """
-    sources = find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache)
-    manifest = sources[0].manifest
-    shape = batch_shape(recipe.batch, manifest.sequence_length, process.world_size)
-    cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
-    if cache_limit is not None:
-        readers = process.local_world_size * max(1, recipe.data.workers)
-        check_cache_limit(sources, cache_limit, readers * AHEAD * shape.rank_rows)
-    precision = choose_precision(recipe.precision, process.device)
-    file = default_file(process.device.type) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    ds_config = deepspeed_config(file, recipe, shape, precision)
-    config = model_config(recipe, manifest)
-    if recipe.model.attention == "flex_attention" and process.device.type == "cpu":
-        raise UserError(
-            "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it on the CPU: "
-            "take model.attention=sdpa"
-        )
+    run = resolve(recipe, process)
+    sources, shape, precision, config = list(run.sources), run.batch_shape, run.precision, run.model_config
+    ds_config, data, schedule = run.deepspeed, run.data_fingerprint, run.block_schedule
+    assert data is not None
     if process.device.type == "cuda" and precision == "bf16":
         # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
         torch.set_float32_matmul_precision("high")
-    check_vocabulary(recipe, sources[0].folder / "tokenizer")
-    data = fingerprint(sources, shape.rows, recipe.data.seed)
 
     held = acquire_run_lock(recipe.folder) if process.is_first else None
 
@@ -128,46 +91,23 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     if state.step >= recipe.steps:
         return None
     if recipe.model.segments_per_block == "auto":
-        work = Workload.of(recipe, config, shape, manifest.sequence_length, precision)
+        work = Workload.of(recipe, config, shape, run.sequence_length, precision)
         sharding = ZeroSharding.from_json(ds_config, process.world_size)
-        config.segments_per_block = fitting_block(work, sharding, process)
+        schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, process))
     if process.is_first:
         describe_run(recipe, sources, data)
     with one_start_at_a_time(process.local_rank == 0):
-        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, cache_limit)
+        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, run.cache_limit)
         validation = ValidationRows(sources)
-    model = build_model(recipe, config)
+    model = build_model(recipe, config, schedule)
     engine = build_engine(model, recipe, ds_config)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     if newest:
         _, data_state = checkpoints.load(engine, newest)
         stream.load_state_dict(data_state)
     return Training(
-        recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest, held
+        recipe, process, shape, precision, run.sequence_length, engine, stream, validation, state, newest, held
     )
-
-
-def check_same_run(recipe: Recipe, data: dict) -> None:
-    """Raise a UserError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
-    now, defaults = _flatten(asdict(recipe)), _flatten(asdict(Recipe()))  # a key may be younger than the run
-    begun = defaults | _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
-    for key in now | begun:
-        before, value = begun.get(key, "the default"), now.get(key, "the default")
-        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE) and value != before:
-            raise UserError(
-                f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
-                f"or give {key}={before} to go on with it"
-            )
-    described = json.loads((recipe.folder / "data_manifest.json").read_text())
-    if "fingerprint" in described:  # runs were begun before there was one
-        check_fingerprint(described["fingerprint"], data)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def describe_run(recipe: Recipe, sources: list[Source], data: dict) -> None:

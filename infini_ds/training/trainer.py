@@ -83,7 +83,7 @@ def train_step(run: Training, batch: dict, guard: Stability, stop: GracefulShutd
     shape, device = run.shape, run.process.device
     tokens = torch.tensor(predicted_tokens(batch), device=device)
     dist.all_reduce(tokens)
-    parts = shape.world_size * shape.accumulation
+    parts = shape.data_size * shape.accumulation
     items = tokens.clamp(min=1) / parts  # of none, if all of its rows are passed over
     states = get_rng_states() if guard.checks_gradients else None
     share = torch.zeros((), device=device)
@@ -134,8 +134,8 @@ def announce(run: Training, progress: ProgressBar) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     progress.say(
         f"{run.recipe.name}: {parameters / 1e6:.1f}M parameters, {run.recipe.steps} steps of {shape.rows} rows of "
-        f"{run.sequence_length} tokens in segments of {config.segment_length}, {config.segments_per_block or 'all'} at "
-        f"once; {shape.world_size} ranks x "
+        f"{run.sequence_length} tokens in segments of {config.segment_length}, {run.model.block_schedule.segments_per_block or 'all'} at "
+        f"once; {shape.data_size} ranks x "
         f"{shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} on {run.process.device.type}"
     )
     progress.say(f"each gate can move by {gate_reach(run.recipe):.1f} at most in all steps of this recipe")
