@@ -26,7 +26,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, obj: object, indent: int | None = 1) -> None:
-    """Write `obj` to `path` as JSON, atomically. Raises TypeError if it has no JSON form, before anything is written."""
+    """Write `obj` to `path` as JSON, atomically. Raises TypeError, and writes nothing, if it has no JSON form."""
     write_text_atomic(path, json.dumps(obj, indent=indent) + "\n")
 
 
