@@ -38,14 +38,14 @@ def find_conflict(recipe: Recipe) -> Conflict | None:
     if checkpoint.keep_best and (not validation.every or checkpoint.every % validation.every):
         return Conflict(
             ("checkpoint.keep_best", "checkpoint.every", "validation.every"),
-            f"checkpoint.keep_best=true needs a validation at each checkpoint: make checkpoint.every={checkpoint.every} "
-            f"a multiple of validation.every={validation.every}",
+            "checkpoint.keep_best=true needs a validation at each checkpoint: make checkpoint.every="
+            f"{checkpoint.every} a multiple of validation.every={validation.every}",
         )
     if recipe.stability.on_spike == "roll_back" and not recipe.stability.spike_sigmas:
         return Conflict(
             ("stability.on_spike", "stability.spike_sigmas"),
-            "stability.on_spike=roll_back has no effect with stability.spike_sigmas=0, where no loss is a spike: give a "
-            "number of standard deviations, or stability.on_spike=flag",
+            "stability.on_spike=roll_back, but with stability.spike_sigmas=0 no loss is a spike: give a number of "
+            "standard deviations, or stability.on_spike=flag",
         )
     if recipe.deepspeed != "auto" and not Path(recipe.deepspeed).is_file():
         return Conflict(

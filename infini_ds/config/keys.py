@@ -112,20 +112,27 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
     """Return what values of this type are called, with the article and the bounds that are in `metadata`."""
     while get_origin(annotation) is Annotated:
         annotation, *own = get_args(annotation)
-        metadata = [*metadata, *(part for one in own for part in (one.metadata if isinstance(one, FieldInfo) else [one]))]
+        for part in own:
+            metadata = [*metadata, *(part.metadata if isinstance(part, FieldInfo) else [part])]
     for part in metadata:
         if isinstance(part, Words):
             return part.text
     if get_origin(annotation) in (Union, UnionType):
-        kinds = [describe_type(argument, metadata) for argument in get_args(annotation) if argument is not NoneType]
+        members = [argument for argument in get_args(annotation) if argument is not NoneType]
+        kinds = [kind for member in members for kind in _choices(member) or [describe_type(member, metadata)]]
         return _join([*kinds, "null"] if NoneType in get_args(annotation) else kinds)
-    if get_origin(annotation) is Literal:
-        return _join([str(value) for value in get_args(annotation)])
+    if choices := _choices(annotation):
+        return _join(choices)
     if annotation in (int, float):
         return ("an integer" if annotation is int else "a number") + _describe_bounds(metadata)
     if get_origin(annotation) is dict or section_of(annotation):
         return "a group of keys"
     return {bool: "true or false", str: "text"}.get(annotation, "a list")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the values of a Literal, else []."""
+    return [str(value) for value in get_args(annotation)] if get_origin(annotation) is Literal else []
 
 
 def _describe_bounds(metadata: list[Any]) -> str:

@@ -213,6 +213,22 @@ class Loader(Generic[S]):
         return UserError(f"{name}={show(value)} {origin} must be {words}{remedy}")
 
 
+def load_keys(kind: type[S], path: str | Path | None, overrides: Sequence[str], option: str, shipped: str) -> S:
+    """Return `kind` with its defaults, overridden by a YAML file, then by `key=value` overrides.
+
+    Args:
+        option: what names the file on the command line.
+        shipped: folder of the project's own such files, which are listed if `path` does not exist.
+    Raises:
+        UserError: the file does not exist, a key is unknown (the nearest known one is named), or a value is refused.
+    """
+    loader = Loader(kind)
+    if path is not None:
+        loader.add_file(option, path, shipped)
+    loader.add_overrides(overrides)
+    return loader.build()
+
+
 def show(value: Any) -> str:
     """Return a value as a recipe writes it: null, not None."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

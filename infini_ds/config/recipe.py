@@ -23,9 +23,20 @@ from infini_ds.config.sections import (
 )
 
 __all__ = [
-    *("BatchSection", "CheckpointSection", "DataSection", "ModelSection", "OptimizerSection", "PlanSection"),
-    *("Recipe", "ScheduleSection", "StabilitySection", "StreamSection", "ValidationSection"),
-    *("load_recipe", "load_run_recipe", "RECIPE_FILE"),
+    "RECIPE_FILE",
+    "BatchSection",
+    "CheckpointSection",
+    "DataSection",
+    "ModelSection",
+    "OptimizerSection",
+    "PlanSection",
+    "Recipe",
+    "ScheduleSection",
+    "StabilitySection",
+    "StreamSection",
+    "ValidationSection",
+    "load_recipe",
+    "load_run_recipe",
 ]
 
 RECIPE_FILE = "recipe.yaml"  # in a run's folder: all keys of the run

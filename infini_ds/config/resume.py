@@ -9,6 +9,7 @@ from infini_ds.config.recipe import Recipe, load_run_recipe
 from infini_ds.config.training_data import check_fingerprint
 from infini_ds.utils.errors import UserError
 
+ABSENT = "the default"  # of a key of model.config that one of the two recipes does not give
 RESUMABLE = frozenset(key.name for key in list_keys(Recipe) if key.resumable)
 
 
@@ -26,11 +27,12 @@ def check_same_run(recipe: Recipe, data_fingerprint: dict) -> None:
         ) from error
     now = _flatten(recipe.model_dump())
     for key in now | begun:
-        before, value = show(begun.get(key)), show(now.get(key))  # either may lack a key of model.config
-        if key not in RESUMABLE and value != before:
+        if key not in RESUMABLE and now.get(key, ABSENT) != begun.get(key, ABSENT):
+            before, value = (show(values[key]) if key in values else ABSENT for values in (begun, now))
+            same = f"give {key}={before}" if key in begun else f"leave {key} out"
             raise UserError(
                 f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
-                f"or give {key}={before} to resume it"
+                f"or {same} to resume it"
             )
     described = json.loads((recipe.folder / "data_manifest.json").read_text())
     if "fingerprint" in described:  # the earliest runs have none

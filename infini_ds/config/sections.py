@@ -33,8 +33,10 @@ def _check_folder_name(name: str) -> str:
 # A path or address as text; "~" at its start is the user's home.
 PathText = Annotated[str, Words("a path"), Field(min_length=1), AfterValidator(os.path.expanduser)]
 AddressText = Annotated[str, Words("a path or address"), Field(min_length=1), AfterValidator(os.path.expanduser)]
-ByteCount = Annotated[str, Words("a number of bytes, such as 67108864 or 64MiB"), AfterValidator(_check_bytes)]
-FolderName = Annotated[str, Words("the name of one folder"), AfterValidator(_check_folder_name)]
+ByteCount = Annotated[str, Words("a number of bytes such as 200GB or 64MiB"), AfterValidator(_check_bytes)]
+FolderName = Annotated[
+    str, Words("the name of one folder, whose path goes in output="), AfterValidator(_check_folder_name)
+]
 
 SEED_LIMIT = 2**31  # epochs and ranks are added to a seed, and NumPy has to take the sum
 
@@ -86,7 +88,7 @@ class ModelSection(Section):
 class StreamSection(Section):
     """One of several streams of data; either all of them have a proportion, or none."""
 
-    path: AddressText = key(..., "a folder that data_prep wrote, or its address")
+    path: AddressText = key(..., "a folder that data_prep wrote, or its address", resumable=True)
     proportion: float | None = key(
         None,
         "share of the rows of an epoch, relative to the other streams",
@@ -165,7 +167,9 @@ class ValidationSection(Section):
     every: int = key(
         100, "steps between validations; also before the first step and after the last; 0: never", ge=0, resumable=True
     )
-    rows: int = key(32, "validation rows that are read, from the first on; all, if there are fewer", ge=1, resumable=True)
+    rows: int = key(
+        32, "validation rows that are read, from the first on; all, if there are fewer", ge=1, resumable=True
+    )
 
 
 class CheckpointSection(Section):
@@ -185,7 +189,10 @@ class StabilitySection(Section):
     """Non-finite losses and gradients, loss spikes, and rollback to an earlier checkpoint."""
 
     max_consecutive_skips: int = key(
-        10, "consecutive steps that are skipped for a non-finite loss or gradient before a rollback", ge=1, resumable=True
+        10,
+        "consecutive steps that are skipped for a non-finite loss or gradient before a rollback",
+        ge=1,
+        resumable=True,
     )
     max_rollbacks: int = key(
         2, "rollbacks to the same checkpoint before the run ends with an error", ge=0, resumable=True
@@ -206,7 +213,10 @@ class StabilitySection(Section):
         "flag", "whether a spike is only logged, or rolled back", resumable=True
     )
     spike_batches: int = key(
-        10, "batches whose rows are skipped after a spike is rolled back, the spike's own included", ge=1, resumable=True
+        10,
+        "batches whose rows are skipped after a spike is rolled back, the spike's own included",
+        ge=1,
+        resumable=True,
     )
     check_gradients: bool = key(
         False, "compare the gradients of the first step with an unsharded recompute, at each start", resumable=True
@@ -228,7 +238,7 @@ class PlanSection(Section):
 class Recipe(Section):
     """The run."""
 
-    name: FolderName = key("run", "name of the run; its folder is output/name", resumable=True, remedy="put the path in output=")
+    name: FolderName = key("run", "name of the run; its folder is output/name", resumable=True)
     output: PathText = key("runs", "folder of all runs", resumable=True)
     steps: int = key(1000, "optimizer steps of the complete run", ge=1, resumable=True)
     seed: int = key(0, "seed of the weights and of dropout", ge=0, lt=SEED_LIMIT)
@@ -239,7 +249,11 @@ class Recipe(Section):
     )
     log_every: int = key(10, "steps between logged metrics", ge=1, resumable=True)
     timeout_minutes: float = key(
-        30.0, "minutes that a rank waits for another one before the run ends with an error", gt=0, lt=1e6, resumable=True
+        30.0,
+        "minutes that a rank waits for another one before the run ends with an error",
+        gt=0,
+        lt=1e6,
+        resumable=True,
     )
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

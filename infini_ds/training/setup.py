@@ -9,7 +9,6 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState
@@ -17,7 +16,7 @@ from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import Recipe
 from infini_ds.config.resolve import resolve
 from infini_ds.config.resume import check_same_run
-from infini_ds.data.sources import Source
+from infini_ds.data.sources import DataSource
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
@@ -118,11 +117,11 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     )
 
 
-def describe_run(recipe: Recipe, sources: list[Source], data: dict) -> None:
+def describe_run(recipe: Recipe, sources: list[DataSource], data: dict) -> None:
     """Write into the run's folder what it is: its recipe, and the data's fingerprint, manifests and tokenizer."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
     partial = recipe.folder / "recipe.yaml.partial"
-    OmegaConf.save(OmegaConf.structured(recipe), partial)
+    partial.write_text(recipe.to_yaml())
     os.replace(partial, recipe.folder / "recipe.yaml")
     streams = [
         {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}
