@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Run:
 
     def recipe_value(self, key: str) -> str:
         """Return the value of a recipe key, as text; "" if the recipe leaves it to the model's defaults."""
-        value = flatten(asdict(self.recipe)).get(key)
+        value = flatten(self.recipe.model_dump()).get(key)
         return "" if value is None else format_value(value)
 
     def override(self, key: str) -> str | None:
@@ -184,9 +184,8 @@ def _runs_of_arm(study: Study, arm: str, points: list[dict[str, Any]], earlier: 
         of_data = {"path": str(study.data_folder(context_length)), "seed": data_seed}
         of_model = {"start_from": str(start.export)} if start else {}
         keys |= of_run | flatten({"data": of_data, "model": of_model})
-        recipe = replace(
-            recipe, **of_run, data=replace(recipe.data, **of_data), model=replace(recipe.model, **of_model)
-        )
+        data, model = recipe.data.model_copy(update=of_data), recipe.model.model_copy(update=of_model)
+        recipe = recipe.model_copy(update=of_run | {"data": data, "model": model})
         overrides = tuple(f"{key}={format_value(value)}" for key, value in keys.items())
         runs.append(replace(run, name=recipe.name, overrides=overrides, recipe=recipe))
     return runs
@@ -197,9 +196,11 @@ def _load_recipe(study: Study, arm: str, keys: dict[str, Any]) -> Recipe:
         if key in keys:
             raise UserError(f"{key} is set by the study itself: leave it out of the recipe and grid of arm {arm}")
     try:
-        return load_recipe(study.config, [f"{key}={format_value(value)}" for key, value in keys.items()])
+        return load_recipe(
+            study.config, [f"{key}={format_value(value)}" for key, value in keys.items()], "in the study"
+        )
     except UserError as error:
-        raise UserError(f"arm {arm}: {str(error).replace('the command line', 'the study')}") from error
+        raise UserError(f"arm {arm}: {error}") from error
 
 
 def _find_start(study: Study, arm: str, start_from: str, point: dict[str, Any], earlier: list[Run]) -> Run:

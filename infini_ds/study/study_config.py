@@ -5,41 +5,38 @@ study = load_study("launch/studies/small.yaml", ["name=stories", "data.source=te
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.options import PrepareOptions
-from infini_ds.config.recipe import load_keys
+from infini_ds.config.keys import Section
+from infini_ds.config.loader import load_keys
+from infini_ds.config.sections import FolderName, PathText
 from infini_ds.utils.errors import UserError, did_you_mean
 
-# load_keys does not check the names of keys in these groups; each is checked where it is used.
-FREE_KEYS = ("recipe.", "data.", "evaluation.options.", "arms.")
 DATA_OPTIONS_SET_BY_STUDY = {"out", "sequence_length", "force"}
 
 
-@dataclass(frozen=True)
-class ArmSection:
+class ArmSection(Section):
     """Runs of one kind, such as pre-training.
 
     `grid` is a list of products: `[{seed: [0, 1], model.segment_length: [32, 64]}]` gives four runs.
     """
 
     start_from: str | None = None  # the arm whose exported models these runs start from
-    recipe: dict[str, Any] = field(default_factory=dict)  # recipe keys that all runs of the arm share
-    grid: list[dict[str, Any]] = field(default_factory=list)  # {axis: values}; a recipe key or context_length
+    recipe: dict[str, Any] = {}  # recipe keys that all runs of the arm share
+    grid: list[dict[str, Any]] = []  # {axis: values}; a recipe key or context_length
 
 
-@dataclass(frozen=True)
-class EvaluationSection:
+class EvaluationSection(Section):
     """Which tasks are evaluated at which step, and their options. A task whose data is null is left out."""
 
     # At step 0 of a run that starts from another run, at each multiple of checkpoint.keep_every, and at the last step.
-    along: list[str] = field(default_factory=lambda: ["blimp", "glue"])
-    last: list[str] = field(default_factory=lambda: ["position"])  # at the last step only
+    along: list[str] = ["blimp", "glue"]
+    last: list[str] = ["position"]  # at the last step only
     blimp: str | None = None  # a folder of JSONL files, or the dataset's name on the hub
     glue: str | None = None  # a folder with the tasks' files, or "hub"
-    options: dict[str, Any] = field(default_factory=dict)  # other options: `limit: 40` becomes `--limit 40`
+    options: dict[str, Any] = {}  # other options: `limit: 40` becomes `--limit 40`
 
     def tasks_at(self, is_last_step: bool) -> list[str]:
         """Return the tasks to evaluate, without those that have no data."""
@@ -52,16 +49,15 @@ class EvaluationSection:
         return {"tasks": tasks} | data | self.options
 
 
-@dataclass(frozen=True)
-class Study:
-    name: str = "study"  # the study's folder is output/name
-    output: str = "studies"
-    config: str | None = None  # the recipe that all runs share
-    recipe: dict[str, Any] = field(default_factory=dict)  # recipe keys that override it
+class Study(Section):
+    name: FolderName = "study"  # the study's folder is output/name
+    output: PathText = "studies"
+    config: PathText | None = None  # the recipe that all runs share
+    recipe: dict[str, Any] = {}  # recipe keys that override it
     context_length: int = 512  # tokens in a row, unless it is an axis of the grid
-    data: dict[str, Any] = field(default_factory=dict)  # options of data_prep, such as source: text:FOLDER
-    arms: dict[str, ArmSection] = field(default_factory=dict)
-    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    data: dict[str, Any] = {}  # options of data_prep, such as source: text:FOLDER
+    arms: dict[str, ArmSection] = {}
+    evaluation: EvaluationSection = EvaluationSection()
 
     @property
     def folder(self) -> Path:
@@ -79,9 +75,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), shipped: str | P
     Raises:
         UserError: the file does not exist, a key is unknown (the nearest known one is named), or a value is invalid.
     """
-    study = load_keys(Study, path, list(overrides), "study", str(shipped), FREE_KEYS)
-    if study.name in ("", ".", "..") or "/" in study.name:
-        raise UserError(f"name={study.name!r} must be the name of one folder: put the path in output=")
+    study = load_keys(Study, path, overrides, "study", str(shipped))
     if not study.arms:
         raise UserError(
             f"{path} has no arms: give it at least one, such as arms: {{pretrain: {{grid: [{{seed: [0]}}]}}}}"
