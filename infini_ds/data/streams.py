@@ -5,12 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from infini_ds.data.batches import collate
+from infini_ds.data.batches import Batch, collate
 from infini_ds.data.sources import Source
-from infini_ds.streaming_compat.library import StreamingDataLoader
+from infini_ds.streaming_compat.library import World
+from infini_ds.streaming_compat.loader import BatchLoader
 from infini_ds.streaming_compat.shards import ShardDataset, ShardError, ShardStream
 from infini_ds.streaming_compat.workers import end_with_rank_only
 from infini_ds.utils.errors import UserError
@@ -48,13 +47,33 @@ class TrainingStream:
         UserError: the sources hold fewer rows than one global batch.
     """
 
-    def __init__(self, sources: list[Source], rows: int, seed: int, workers: int, cache_limit: int | None = None):
+    def __init__(
+        self,
+        sources: list[Source],
+        rows: int,
+        seed: int,
+        workers: int,
+        cache_limit: int | None = None,
+        data_rank: int = 0,
+        data_size: int = 1,
+    ):
         self.waited = 0.0
-        self._made_of = (sources, rows, seed, workers, cache_limit)
+        self._made_of = (sources, rows, seed, workers, cache_limit, data_rank, data_size)
+        # streaming finds the ranks of the run by itself; it has to be told how many of them in a row share their rows.
+        replication = World.detect().num_ranks // data_size
         self.dataset = _open(
-            sources, "train", weighted=True, cache_limit=cache_limit, shuffle=True, shuffle_seed=seed, batch_size=rows
+            sources,
+            "train",
+            weighted=True,
+            cache_limit=cache_limit,
+            shuffle=True,
+            shuffle_seed=seed,
+            batch_size=rows,
+            replication=replication if replication > 1 else None,
         )
-        global_rows = rows * (dist.get_world_size() if dist.is_initialized() else 1)
+        found = self.dataset.data_rank_and_size
+        assert found == (data_rank, data_size), f"streaming reads as data rank and size {found}"
+        global_rows = rows * data_size
         where = ", ".join(f"{source.key}={source.folder}" for source in sources)
         if self.dataset.epoch_size < global_rows:
             raise UserError(
@@ -64,7 +83,7 @@ class TrainingStream:
         # Otherwise the rest of an epoch is left out by one rank, and filled up to a batch with repeated rows by others.
         self.dataset.epoch_size -= self.dataset.epoch_size % global_rows
         self.fingerprint = fingerprint(sources, global_rows, seed)
-        self.loader = StreamingDataLoader(
+        self.loader = BatchLoader(
             self.dataset,
             batch_size=rows,
             collate_fn=collate,
@@ -76,7 +95,7 @@ class TrainingStream:
             generator=torch.Generator(),  # its own, so that an iterator does not draw from torch's random numbers
         )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         while True:
             asked = time.perf_counter()
@@ -187,7 +206,7 @@ class ValidationRows:
             spans[number] = (first, last)
         return spans
 
-    def batches(self, rows: int, limit: int | None, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
+    def batches(self, rows: int, limit: int | None, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Batches of up to `rows` of this rank's share of the first `limit` rows (None: all)."""
         mine = range(rank, min(limit or len(self), len(self)), world_size)
         for first in range(0, len(mine), rows):

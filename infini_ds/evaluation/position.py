@@ -121,7 +121,7 @@ def _losses(
             part = collate([rows[chosen[i]] for i in batch])
             other = collate([rows[others[i]] for i in batch]) if memory == "other" else None
             losses = token_losses(subject.model, part, memory, other).double().cpu()
-            count = (part["labels"][:, 1:] != IGNORE_INDEX).double()
+            count = (part.labels[:, 1:] != IGNORE_INDEX).double()
             total += torch.stack([losses.sum(0), count.sum(0)])
             means.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
             progress.advance({"loss": f"{total[0].sum() / total[1].sum():.4f}"})

@@ -44,6 +44,7 @@ with warnings.catch_warnings():
     from streaming.base.shared import SharedMemory, array, prefix
     from streaming.base.storage import CloudDownloader
     from streaming.base.util import retry
+    from streaming.base.world import World
 
 
 class _OwnedSharedMemory(SharedMemory):
@@ -104,6 +105,7 @@ __all__ = [
     "Stream",
     "StreamingDataLoader",
     "StreamingDataset",
+    "World",
     "reader_from_json",
     "retry",
 ]

@@ -149,6 +149,11 @@ class ShardDataset(StreamingDataset):
         super().__init__(**options)
         weakref.finalize(self, os.close, hold(self._locals_shm.shm.name))
 
+    @property
+    def data_rank_and_size(self) -> tuple[int, int]:
+        """Return which part of each global batch this rank reads, and the number of parts."""
+        return self._parallel_rank_world.rank, self._parallel_rank_world.num_ranks
+
     def on_exception(self, future: Future) -> None:
         if future.exception() is not None:
             self.failure = future.exception()

@@ -278,7 +278,7 @@ def test_remote_shards_through_a_bounded_cache(copy, many, tmp_path):
     stream, used = iter(open_stream(remote, rows=2, cache=cache, cache_limit=limit)), []
     for expected in whole:
         batch = next(stream)
-        assert batch["row_numbers"].tolist() == [number for number, _ in expected]
+        assert batch.row_numbers == [number for number, _ in expected]
         used.append(sum(map(size, cached(cache, "*.mds*") + cached(cache, "index.json"))))
     assert max(used) <= limit + largest < sum(shard["raw_data"]["bytes"] for shard in shards)
     assert not list(copy.rglob("*.mds"))  # nothing was written there
