@@ -4,7 +4,8 @@ import difflib
 import json
 from pathlib import Path
 
-from infini_ds.config.recipe import BatchShape, Recipe
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import Recipe
 from infini_ds.utils.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"

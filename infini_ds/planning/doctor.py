@@ -10,12 +10,12 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from data_prep.options import byte_count
-from infini_ds.config.model_config import model_config
-from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
-from infini_ds.data.sources import Source, check_cache_limit, find_sources
-from infini_ds.data.streams import AHEAD
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import Recipe
+from infini_ds.config.resolve import resolve
+from infini_ds.data.sources import Source
 from infini_ds.distributed.environment import DistEnv
+from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.planning.memory_estimate import parameters
 from infini_ds.streaming_compat.shards import UNFINISHED, is_whole
 from infini_ds.streaming_compat.shared_memory import SHM, find_kept, remove_stale
@@ -96,8 +96,8 @@ def check_room_in_shm(
     yield _room("/dev/shm", folder, need, "give the job more (docker run --shm-size), or lower data.workers")
 
 
-def check_room_for_run(recipe: Recipe, sources: list[Source]) -> Iterator[Finding]:
-    count = parameters(model_config(recipe, sources[0].manifest))
+def check_room_for_run(recipe: Recipe, config: InfiniGPTNeoConfig) -> Iterator[Finding]:
+    count = parameters(config)
     need = (recipe.checkpoint.keep_last + 1) * count * BYTES_A_PARAMETER
     yield _writable("run", _existing(recipe.folder)) or _room(
         "run", _existing(recipe.folder), need, "make room, give another output=, or lower checkpoint.keep_last"
@@ -199,20 +199,14 @@ def examine(recipe: Recipe, process: DistEnv, fix: bool) -> Iterator[Finding]:
     yield from check_versions()
     yield from check_shared_memory(fix)
     try:
-        sources = find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache)
-        shape = batch_shape(recipe.batch, sources[0].manifest.sequence_length, process.world_size)
-        yield from check_room_for_run(recipe, sources)
+        run = resolve(recipe, process)
     except UserError as error:
         yield Finding("recipe", "problem", str(error))
         return
-    limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
+    sources, shape, limit = list(run.sources), run.batch_shape, run.cache_limit
+    yield from check_room_for_run(recipe, run.model_config)
     if limit is not None:
-        readers = process.local_world_size * max(1, recipe.data.workers)
-        try:
-            check_cache_limit(sources, limit, readers * AHEAD * shape.rank_rows)
-            yield Finding("cache limit", "ok", f"{limit / MIB:,.0f} MiB, and every shard has another copy far away")
-        except UserError as error:
-            yield Finding("cache limit", "problem", str(error))
+        yield Finding("cache limit", "ok", f"{limit / MIB:,.0f} MiB, and every shard has another copy far away")
     yield from check_room_in_shm(sources, shape, recipe.data.workers, process.local_world_size)
     yield from check_room_for_data(recipe, sources, limit)
     for source in sources:

@@ -9,9 +9,10 @@ from harness import ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infini_ds.config.batch_shape import batch_shape
 from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.recipe import BatchRecipe, Recipe, ScheduleRecipe, batch_shape, load_recipe
+from infini_ds.config.recipe import BatchRecipe, Recipe, ScheduleRecipe, load_recipe
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.model.presets import PRESETS, preset_config
 from infini_ds.planning.hardware import training_flops_per_token
@@ -175,7 +176,7 @@ def test_batch_is_divided_without_rest(rows, world_size, micro_rows):
             batch_shape(batch, 128, world_size)
         return
     shape = batch_shape(batch, 128, world_size)
-    assert shape.world_size * shape.accumulation * shape.micro_rows == rows
+    assert shape.data_size * shape.accumulation * shape.micro_rows == rows
     assert shape.micro_rows <= micro_rows
 
 
