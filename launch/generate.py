@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.distributed.entry_point import run_main
-from infini_ds.evaluation.generation import bound_prompts, prompt_ids
+from infini_ds.evaluation.generation import prompt_ids
 from infini_ds.utils.errors import UserError
 
 
@@ -38,7 +38,6 @@ def main() -> None:
     source = locate(args.model)
     tokenizer, model = load_tokenizer(source), load_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    bound_prompts(model)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0}
     if args.temperature > 0:

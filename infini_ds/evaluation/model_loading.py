@@ -11,14 +11,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
-from infini_ds.evaluation.generation import bound_prompts
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError
 
 # Of a configuration: what does not change what the model computes, and differs between a checkpoint and its export.
-NOT_THE_MODEL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-# Ways to compute the same.
-SCHEDULE = ("segments_per_block", "checkpoint_layers", "offload_states", "truncate_blocks", "use_cache")
+NOT_THE_MODEL = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ def load(name: str, device: torch.device) -> EvaluatedModel:
         folder = (run or source.path) / "evaluation"
         if source.path == source.checkpoint:
             folder = folder / source.checkpoint.name
-        bound_prompts(model)
     return EvaluatedModel(name, model.eval().to(device), tokenizer, run, folder, model_sha256(model))
 
 
@@ -92,7 +90,7 @@ def _load_foreign(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def model_sha256(model: PreTrainedModel) -> str:
     """Of the weights, one by one in the order of their names, and the configuration as far as it shapes the result: a
     checkpoint and its export have the same."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL + SCHEDULE}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

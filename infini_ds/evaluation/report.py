@@ -12,7 +12,7 @@ from infini_ds.checkpoint.manifest import read_manifest
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import plots
-from infini_ds.evaluation.generation import bound_prompts, prompt_ids
+from infini_ds.evaluation.generation import prompt_ids
 from infini_ds.evaluation.position import binned, sources_of
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.training.validation import PositionLosses, position_losses
@@ -59,7 +59,6 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     stands = read_manifest(source.checkpoint).state
     model, tokenizer = load_model(source), load_tokenizer(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    bound_prompts(model)
     validation = ValidationRows(sources)
     rows = min(rows or len(validation), len(validation))
     with ProgressBar("evaluating", 2 * rows) as progress:

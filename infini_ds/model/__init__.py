@@ -2,12 +2,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .block_schedule import BlockSchedule
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
 from .memory import MemoryState
 from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification, InfiniGPTNeoModel
 
 __all__ = [
+    "BlockSchedule",
     "InfiniCache",
     "InfiniGPTNeoConfig",
     "InfiniGPTNeoForCausalLM",

@@ -19,6 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
 
+from .block_schedule import BlockSchedule
 from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
 from .local_attention import document_mask, local_attention, rotary_angles, rotate
@@ -210,6 +211,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         self.h = nn.ModuleList(InfiniLayer(config, kind) for kind in config.attention_layers)
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self.block_schedule = BlockSchedule()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -280,13 +282,13 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         Returns:
             What the head returned for each block, and each layer's memory after the last block.
         """
-        grid, cache, config = run.grid, run.cache, self.config
+        grid, cache, schedule = run.grid, run.cache, self.block_schedule
         ids = input_ids if grid.step else grid.place(input_ids, 0)
-        blocks = list(grid.blocks(config.segments_per_block))
+        blocks = list(grid.blocks(schedule.block_segments(self.config.segment_length, self.training)))
 
         def compute(index: int, flat: tuple[Tensor, ...]):
             first, block = blocks[index]
-            if config.truncate_blocks and index and index % config.truncate_blocks == 0:
+            if schedule.truncate_blocks and index and index % schedule.truncate_blocks == 0:
                 flat = [x.detach() for x in flat]
             # In a step `ids` are the tokens given, which with their padding may be more than a segment.
             slots = slice(first * grid.S, ids.shape[1] if grid.step else (first + block.N) * grid.S)
@@ -301,7 +303,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("use_cache=True is not possible while training with gradient checkpointing")
-            outputs, flat = recomputed(compute, len(blocks), flat, owner, config.has_dropout, config.offload_states)
+            draws, offload = self.config.has_dropout, schedule.offload_states
+            outputs, flat = recomputed(compute, len(blocks), flat, owner, draws, offload)
         else:
             outputs = []
             for index in range(len(blocks)):
@@ -335,7 +338,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         after, keys_values = [], []
         for layer, state, layer_cached in zip(self.h, states, cached, strict=True):
             mask = masks[layer.attention.window]
-            if self.config.checkpoint_layers and self.training and torch.is_grad_enabled():
+            if self.block_schedule.checkpoint_layers and self.training and torch.is_grad_enabled():
                 draws = self.config.has_dropout
                 layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=draws)
             hidden, state, kv = layer(hidden, grid, mask, state, layer_cached)
@@ -360,6 +363,14 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, GenerationMixin):
         self.transformer = InfiniGPTNeoModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def block_schedule(self) -> BlockSchedule:
+        return self.transformer.block_schedule
+
+    @block_schedule.setter
+    def block_schedule(self, schedule: BlockSchedule) -> None:
+        self.transformer.block_schedule = schedule
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -500,6 +511,14 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
         self.transformer = InfiniGPTNeoModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @property
+    def block_schedule(self) -> BlockSchedule:
+        return self.transformer.block_schedule
+
+    @block_schedule.setter
+    def block_schedule(self, schedule: BlockSchedule) -> None:
+        self.transformer.block_schedule = schedule
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from infini_ds.evaluation import blimp, position, recall
 from infini_ds.evaluation.model_loading import load, model_sha256
 from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.scoring import answered, batches_by_length, token_losses
+from infini_ds.model import BlockSchedule
 from infini_ds.training.validation import position_losses
 from infini_ds.utils.errors import UserError
 
@@ -183,7 +184,7 @@ def test_rows_of_another_tokenizer_are_refused(exported, shards, tmp_path):
 def test_the_hash_is_of_what_the_model_computes(exported):
     model = load(str(exported), CPU).model
     before = model_sha256(model)
-    model.config.segments_per_block = 3
+    model.block_schedule = BlockSchedule(segments_per_block=3)
     model.config._name_or_path = "elsewhere"
     assert model_sha256(model) == before
     with torch.no_grad():

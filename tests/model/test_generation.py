@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from infini_ds.model import InfiniCache
+from infini_ds.model import BlockSchedule, InfiniCache
 
 many = settings(deadline=None, max_examples=60, derandomize=True)
 exact = {"rtol": 1e-9, "atol": 1e-11}
@@ -154,7 +154,7 @@ def test_the_cache_does_not_grow():
             sizes.add(cache_bytes(cache))
         assert len(sizes) == 1
         for blocks in (None, 1, 3):  # nor does it hold on to the intermediate states of a long prompt
-            model.config.segments_per_block = blocks
+            model.block_schedule = BlockSchedule(blocks)
             size = cache_bytes(model(random_ids(2, 50 * S + 1), use_cache=True).past_key_values)
             assert size <= max(sizes) + 2 * 51 * 8  # `held` of 50 segments
 

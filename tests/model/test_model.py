@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from infini_ds.config.recipe import OptimizerRecipe
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
+from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
 from infini_ds.model import loss as chunked_loss
 from infini_ds.model.presets import PRESETS, preset_config
 from infini_ds.training.engine import parameter_groups
@@ -118,8 +118,7 @@ def test_no_schedule_changes_loss_or_gradient(batch, segments_per_block, checkpo
     model.train()
     want = model(ids, mask, documents, labels=ids, loss_reduction="sum").loss
     want_gradients = gradients(want, model)
-    model.config.segments_per_block = segments_per_block
-    model.config.checkpoint_layers, model.config.offload_states = layers, offload
+    model.block_schedule = BlockSchedule(segments_per_block, layers, offload)
     if checkpointing:
         model.gradient_checkpointing_enable()
     loss = model(ids, mask, documents, labels=ids, loss_reduction="sum").loss
@@ -141,7 +140,7 @@ def test_truncated_gradients_end_where_a_cache_begins(truncate_blocks, checkpoin
     want = model(ids[:, cut:], past_key_values=cache, labels=labels[:, cut:], loss_reduction="sum").loss
     want = gradients(want, model)
     exact_gradients = gradients(model(ids, labels=labels, loss_reduction="sum").loss, model)
-    model.config.truncate_blocks = truncate_blocks
+    model.block_schedule = BlockSchedule(G, truncate_blocks=truncate_blocks)
     model.transformer.gradient_checkpointing = checkpointing
     got = gradients(model(ids, labels=labels, loss_reduction="sum").loss, model)
     assert_close(got, want, **exact)
@@ -200,7 +199,7 @@ def test_layers_are_recomputed_where_the_option_says():
     S, G = 8, 4
     model = tiny_model(segment_length=S, segments_per_block=G, window_size=4, intermediate_size=512).train()
     all_kept = saved_bytes(model, 8 * S * G)
-    model.config.checkpoint_layers = True
+    model.block_schedule = BlockSchedule(G, checkpoint_layers=True)
     assert saved_bytes(model, 8 * S * G) < all_kept / 10
 
 
@@ -706,7 +705,6 @@ def test_gates_reach_four_within_a_normal_run():
     ("fields", "sentence"),
     [
         ({"segment_length": 0}, "segment_length=0 must be at least 1 token"),
-        ({"segments_per_block": 0}, "segments_per_block=0 must be at least 1, or None for all segments at once"),
         ({"memory_rule": "hebb"}, "memory_rule='hebb' is not one of linear"),
         ({"position_embedding": "alibi"}, "position_embedding='alibi' is not one of segment, rotary"),
         (
@@ -733,7 +731,6 @@ def test_a_rotary_segment_may_be_longer_than_the_learned_positions():
 def test_configuration_survives_a_round_trip(tmp_path):
     fields = {
         "segment_length": 24,
-        "segments_per_block": 3,
         "position_embedding": "rotary",
         "gate_init": -2.5,
         "rotary_base": 500.0,

@@ -4,13 +4,14 @@ Slow, for the tests only. Plain tensor operations, so that autograd gives the re
 a model in fp64. Shapes: B rows, T tokens, L layers, H heads, S tokens in a segment, D head size, E width, V vocabulary.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 
 
 @dataclass
@@ -176,10 +177,14 @@ def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tens
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> InfiniGPTNeoForCausalLM:
-    """A model of two layers, one of each kind, whose every weight is random and large enough to matter; evaluating."""
+    """A model of two layers, one of each kind, whose every weight is random and large enough to matter; evaluating.
+
+    `fields` of InfiniGPTNeoConfig or BlockSchedule.
+    """
     torch.manual_seed(seed)
-    config = InfiniGPTNeoConfig(**(TINY | fields))
-    model = InfiniGPTNeoForCausalLM(config)
+    schedule, fields = split_schedule(fields)
+    model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig(**(TINY | fields)))
+    model.block_schedule = schedule
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ln_" not in name or name.endswith("bias"):
@@ -187,6 +192,13 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> I
             else:
                 parameter.normal_(mean=1.0, std=0.2)
     return model.to(dtype).eval()
+
+
+def split_schedule(fields: dict) -> tuple[BlockSchedule, dict]:
+    """Return the block schedule that some of the fields describe, and the others."""
+    names = [field.name for field in dataclasses.fields(BlockSchedule) if field.name in fields]
+    schedule = BlockSchedule(**{name: fields[name] for name in names})
+    return schedule, {name: value for name, value in fields.items() if name not in names}
 
 
 TINY = {
