@@ -14,6 +14,6 @@ class Checkpointing(Hook):
         due = state.step % recipe.checkpoint.every == 0 and step.predicted_tokens > 0
         if due or state.step == recipe.steps or trainer.shutdown.agreed:
             trainer.latest_checkpoint = checkpoints.save(
-                trainer.engine, recipe.folder, state, trainer.data_state, recipe.checkpoint
+                trainer.engine, recipe.folder, state, trainer.data_state, recipe.checkpoint, trainer.run.dims
             )
             trainer.log(f"checkpoint in {trainer.latest_checkpoint}")

@@ -1,4 +1,4 @@
-"""The only file that knows DeepSpeed's engine: processes are joined here, and `Engine` wraps what the training calls."""
+"""DeepSpeed: `connect` joins the ranks, `Engine` wraps its engine. No other file uses its attributes."""
 
 import logging
 import os
@@ -91,8 +91,8 @@ class Engine:
         factors["gates"] = lambda step: gate_factor(recipe.schedule, recipe.steps, step)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, list(factors.values()))
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
-        # By default DeepSpeed rejects an fp32 step by the gradient's norm alone. With the optimizer on the CPU that norm
-        # is computed during the backward pass, before `step(skip=True)` changes the gradient; this check comes after.
+        # By default DeepSpeed rejects an fp32 step by the gradient's norm alone. With the optimizer on the CPU it takes
+        # that norm in the backward pass, before `step(skip=True)` changes the gradient; this check comes after.
         self._engine.optimizer.check_grad_overflow = True
 
     @property
@@ -156,9 +156,7 @@ class Engine:
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """Write weights, optimizer and schedule, and `client_state` with them, into `folder`."""
-        self._engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
-        )
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, by as many ranks as wrote it; returns the client state."""

@@ -15,10 +15,10 @@ from infini_ds.training.trainer import Trainer
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import get_rng_states, set_rng_states
 
-# Largest difference of a parameter's gradient, relative to its norm. Rounding differs with the order of sums, and a bf16
-# number has 8 bits.
+# Largest difference of a parameter's gradient, relative to its norm. Rounding differs with the order of sums, and bf16
+# has 8 bits.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-NORM_FLOOR = 1e-3  # of the complete gradient's norm, added to each parameter's: rounding in parameters whose own is tiny
+NORM_FLOOR = 1e-3  # share of the complete gradient's norm that is added to each parameter's, which may be tiny
 
 
 class GradientCheck(Hook):

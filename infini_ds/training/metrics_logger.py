@@ -104,7 +104,7 @@ class MetricsLogger(Hook):
 
 
 class ThroughputMeter:
-    """Measures tokens per second within training steps: time between steps, for validation and checkpoints, is left out."""
+    """Measures tokens per second within steps; the time between them, for validation and checkpoints, is left out."""
 
     def __init__(self, trainer: Trainer):
         run = trainer.run

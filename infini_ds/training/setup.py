@@ -1,6 +1,5 @@
-"""From a resolved recipe to a trainer that stands where the run stands: data, model, engine, hooks, newest checkpoint."""
+"""Build the trainer of a resolved recipe: data, model, engine and hooks, resumed from the newest checkpoint."""
 
-import json
 import logging
 import shutil
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from infini_ds.config.resolve import ResolvedRun
 from infini_ds.config.resume import check_same_run
 from infini_ds.data.skip_rows import SkipRows
 from infini_ds.data.streams import TrainingStream, ValidationRows
-from infini_ds.distributed.collectives import broadcast_object
+from infini_ds.distributed.collectives import broadcast_from_rank_zero
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
 from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
@@ -48,6 +47,7 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     newest = newest_checkpoint(run)
     state = read_manifest(newest).state if newest else TrainState()
     if state.step >= recipe.steps:
+        logger.info(f"{recipe.folder} has run all of its {recipe.steps} steps: nothing to do; raise steps= to train on")
         return None
     if run.environment.device.type == "cuda" and run.precision == "bf16":
         # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
@@ -73,7 +73,7 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     engine = Engine(build_model(recipe, run.model_config, schedule), recipe, run.deepspeed)
     seed_everything(recipe.seed + 1 + dims.rank)  # dropout differs between ranks
     if newest:
-        state, data_state = checkpoints.load(engine, newest)
+        state, data_state = checkpoints.load(engine, newest, dims)
         stream.load_state_dict(data_state)
     hooks: list[Hook] = [stability, MetricsLogger(), Checkpointing()]
     if recipe.stability.check_gradients:
@@ -99,8 +99,7 @@ def newest_checkpoint(run: ResolvedRun) -> Path | None:
         UserError: there is one, but the recipe asks for a new run or gives other results; or all are damaged.
     """
     recipe = run.recipe
-    # Of the first rank, since a shared file system may show the others less.
-    if broadcast_object(bool(complete_checkpoints(recipe.folder))):
+    if broadcast_from_rank_zero(lambda: bool(complete_checkpoints(recipe.folder))):
         if not recipe.resume:
             raise UserError(
                 f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
@@ -126,8 +125,6 @@ def describe_run(run: ResolvedRun) -> None:
 
 def log_summary(trainer: Trainer) -> None:
     """Log what is about to be trained, and on what."""
-    if not trainer.is_first:
-        return
     run, recipe, shape = trainer.run, trainer.recipe, trainer.run.batch_shape
     parameters = sum(p.numel() for p in trainer.model.parameters())
     segments = trainer.model.block_schedule.segments_per_block or "all"

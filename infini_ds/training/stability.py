@@ -16,7 +16,7 @@ import torch.distributed as dist
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
 from infini_ds.config.recipe import Recipe
-from infini_ds.distributed.collectives import broadcast_object
+from infini_ds.distributed.collectives import all_gather_object, broadcast_from_rank_zero
 from infini_ds.training.hooks import Hook, Step
 from infini_ds.training.skip_records import (
     SKIPPED_ROWS,
@@ -68,8 +68,7 @@ class Stability(Hook):
     def __init__(self, recipe: Recipe):
         """Read the run's earlier rollbacks, on all ranks together."""
         self.recipe, self.limits = recipe, recipe.stability
-        # Read by the first rank, since a shared file system may show the others an older file.
-        self._rollbacks = broadcast_object(read_rollbacks(recipe.folder))
+        self._rollbacks = broadcast_from_rank_zero(lambda: read_rollbacks(recipe.folder))
         self._recent: deque[tuple[int, list[int]]] = deque(maxlen=self.limits.spike_batches)  # step, this rank's rows
 
     @property
@@ -123,7 +122,7 @@ class Stability(Hook):
             update_loss_statistics(state, decision.loss, self.limits.spike_window)
             return None
         reason = "spike" if decision.rolls_back else "loss" if decision.nonfinite_ranks else "gradient"
-        rows = _gather(step.batch.row_numbers)
+        rows = all_gather_object(step.batch.row_numbers)
         if trainer.is_first:
             skipped = SkippedStep(step.number, reason, decision.nonfinite_ranks, rows)
             append_skipped_step(self.recipe.folder, skipped)
@@ -153,7 +152,7 @@ class Stability(Hook):
         target = checkpoints.newest_intact(folder, healthy=True)
         if target is None:
             raise UserError(f"{reason.what}, and no checkpoint from before exists to roll back to: {remedy}")
-        to_step = broadcast_object(read_manifest(target).state.step if trainer.is_first else None)
+        to_step = broadcast_from_rank_zero(lambda: read_manifest(target).state.step)
         times = sum(rollback.to_step == to_step for rollback in self._rollbacks)
         if times >= self.limits.max_rollbacks:
             raise UserError(
@@ -178,11 +177,11 @@ class Stability(Hook):
             )
 
     def _rows_of(self, reason: RollbackReason, state: TrainState, after: int) -> list[int]:
-        """Return the rows of the skipped steps, or for a spike of the last batches, as far as they come after a step."""
+        """Return the rows of the skipped steps; for a spike, those of the last batches after the step `after`."""
         if reason.spike:
-            of_ranks = _gather([row for step, rows in self._recent if step > after for row in rows])
+            of_ranks = all_gather_object([row for step, rows in self._recent if step > after for row in rows])
         else:  # from the disk, since the run may have been stopped and resumed in between
-            records = broadcast_object(read_skipped_steps(self.recipe.folder))
+            records = broadcast_from_rank_zero(lambda: read_skipped_steps(self.recipe.folder))
             rows_of_step = {record.step: record.rows for record in records if record.reason != "spike"}
             steps = sorted(step for step in rows_of_step if step <= state.step)[-state.consecutive_skips :]
             of_ranks = [rows for step in steps for rows in rows_of_step[step]]

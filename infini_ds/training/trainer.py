@@ -57,11 +57,11 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train from where the run stands. Returns True at the last step, False after a requested stop."""
-        self.shutdown.at_work = True
+        self.shutdown.can_save = True
         self.call(Hook.on_start)
         try:
             self.start_from_state()
-            while self.state.step < self.recipe.steps and not self.shutdown.agreed:
+            while not self.is_complete and not self.shutdown.agreed:
                 step = self.next_step()
                 self.call(Hook.on_step_start, step)
                 loss = self.forward_backward(step)
@@ -78,7 +78,10 @@ class Trainer:
                 self.call(Hook.on_step_end, step)  # save
         finally:
             self.call(Hook.on_end)
-        return self.state.step == self.recipe.steps
+        if not self.is_complete:
+            where = f"step {self.state.step} of {self.recipe.steps}"
+            logger.info(f"stopped by {self.shutdown.reason} at {where}: resume with the same command")
+        return self.is_complete
 
     @property
     def recipe(self) -> Recipe:
@@ -96,6 +99,11 @@ class Trainer:
     def is_first(self) -> bool:
         """Whether this is rank 0, which logs and writes."""
         return self.run.dims.rank == 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has reached its last step."""
+        return self.state.step == self.recipe.steps
 
     @property
     def tokens_per_step(self) -> int:
@@ -156,7 +164,7 @@ class Trainer:
         if step.number < self.recipe.steps:
             self._batch = next(self._batches)
             next_tokens = self._batch.predicted_tokens
-        step.exchange = Exchange(loss, next_tokens, self.shutdown.told, self.stream.waited - self._waited_before)
+        step.exchange = Exchange(loss, next_tokens, self.shutdown.received, self.stream.waited - self._waited_before)
 
     def count(self, step: Step) -> None:
         """Count the step, and take over what the other ranks know."""
@@ -172,7 +180,7 @@ class Trainer:
         Aborted, without a result, when a stop is requested.
         """
         every, state = self.recipe.validation.every, self.state
-        is_due = every > 0 and state.validated != state.step and (state.step % every == 0 or self._at_end)
+        is_due = every > 0 and state.validated != state.step and (state.step % every == 0 or self.is_complete)
         if not is_due or self.shutdown.agreed:
             return
         means = []
@@ -191,12 +199,8 @@ class Trainer:
         state.validated, state.validation_loss = state.step, means[0]
         self.call(Hook.after_validation, *means)
 
-    @property
-    def _at_end(self) -> bool:
-        return self.state.step == self.recipe.steps
-
     def restore(self, checkpoint: Path, rows_to_skip: Collection[int]) -> None:
         """Load a checkpoint of this run, and skip rows from then on."""
-        self.state, data_state = checkpoints.load(self.engine, checkpoint)
+        self.state, data_state = checkpoints.load(self.engine, checkpoint, self.run.dims)
         self.stream = SkipRows(self.stream.at(data_state), rows_to_skip)
         self.latest_checkpoint = checkpoint
