@@ -14,14 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import ROOT, SHAPE, call_script
+from harness import ROOT, SHAPE, build, call_script
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.__main__ import parse
 from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed import environment as processes
-from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.study import local_runner as local
 from infini_ds.study.commands import (
@@ -38,8 +37,6 @@ from infini_ds.study.local_runner import Children, Stopped, make_all, make_run
 from infini_ds.study.report import write_report
 from infini_ds.study.results import Result, Spread, chance_apart, collect, movement
 from infini_ds.study.slurm import ranges, submission
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
 from infini_ds.utils.errors import UserError
 
 GRIDS = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
@@ -234,10 +231,8 @@ class InThisProcess(Children):
         self.called.append(command)
         if command[1] == "launch/pretrain.py":
             at = command.index("--config") if "--config" in command else None
-            training = set_up(
-                load_recipe(at and command[at + 1], list(command[at + 2 if at else 2 :])), detect_environment()
-            )
-            return 0 if train(training) else 75
+            trainer = build(*command[at + 2 if at else 2 :], config=at and command[at + 1])
+            return 0 if trainer.fit() else 75
         call_script(command[1], *command[2:])
         return 0
 

@@ -17,7 +17,7 @@ from forks import Fork
 from infini_ds.config.recipe import load_recipe
 from infini_ds.config.resolve import resolve
 from infini_ds.distributed import environment as distributed_environment
-from infini_ds.distributed.environment import detect_environment
+from infini_ds.distributed.environment import DistEnv, detect_environment
 from infini_ds.training.engine import connect
 from infini_ds.training.setup import build_trainer
 from infini_ds.training.trainer import Trainer
@@ -86,13 +86,18 @@ STEPS = [
 TINY = SHAPE + STEPS
 
 
-def build(*overrides: str) -> Trainer | None:
+def join_ranks(environment: DistEnv) -> None:
+    """Open the process group of this process, a single rank, which stays open for the tests that follow."""
+    if not dist.is_initialized():
+        connect(environment, timeout_minutes=30).__enter__()
+
+
+def build(*overrides: str, config: str | None = None) -> Trainer | None:
     """Return the trainer of a recipe in this process, as launch/pretrain.py builds it; None if the run is complete."""
     environment = detect_environment()
-    recipe = load_recipe(None, list(overrides))
+    recipe = load_recipe(config, list(overrides))
     run = resolve(recipe, environment)
-    if not dist.is_initialized():  # and it stays open for the tests that follow
-        connect(environment, recipe.timeout_minutes).__enter__()
+    join_ranks(environment)
     recipe.folder.mkdir(parents=True, exist_ok=True)
     return build_trainer(run)
 
