@@ -20,6 +20,7 @@ from infini_ds.config.recipe import load_recipe
 from infini_ds.config.resolve import resolve
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads
+from infini_ds.distributed.process_group import connect
 from infini_ds.utils.logging import log_to_file
 from infini_ds.utils.run_lock import acquire_run_lock
 
@@ -35,9 +36,7 @@ def main() -> None:
     set_cpu_threads(environment)
     run = resolve(recipe, environment)
 
-    # These import DeepSpeed, which takes seconds: only once the recipe is known to be good.
-    from infini_ds.training.engine import connect
-    from infini_ds.training.setup import build_trainer
+    from infini_ds.training.setup import build_trainer  # imports DeepSpeed, which takes seconds
 
     lock = acquire_run_lock(recipe.folder) if environment.is_rank_zero else nullcontext()
     with lock, connect(environment, recipe.timeout_minutes), log_to_file(recipe.folder / "train.log"):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def read_metrics(run: Path) -> list[dict]:
 
 def gates(model: InfiniGPTNeoForCausalLM) -> Tensor:
     """Return (layers, H) sigmoid(beta), the weight of the memory in each head's output, on the CPU."""
-    return torch.stack([torch.sigmoid(layer.attention.beta.detach().float()) for layer in model.transformer.h]).cpu()
+    layers: Any = model.transformer.h
+    return torch.stack([torch.sigmoid(layer.attention.beta.detach().float()) for layer in layers]).cpu()
 
 
 def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
@@ -66,7 +68,7 @@ def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: Sequence[tuple[Tensor
         memory: each layer's state at the end of a row; its tensors are (B, H, ...). Those of a named tuple are recorded
             by their names, others by their position.
     """
-    values = {}
+    values: dict[str, float] = {}
     for layer, gates_of_heads in enumerate(gates(model).tolist()):
         values |= {f"gate/layer_{layer}/head_{head}": gate for head, gate in enumerate(gates_of_heads)}
     for layer, state in enumerate(memory):

@@ -1,70 +1,33 @@
-"""DeepSpeed: `connect` joins the ranks, `Engine` wraps its engine. No other file uses its attributes."""
+"""DeepSpeed's engine. No other file of training knows DeepSpeed's names."""
 
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
-from transformers.modeling_outputs import ModelOutput
 
 from infini_ds.config.lr_schedule import factor, gate_factor
 from infini_ds.config.recipe import Recipe
-from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.modeling import InfiniCausalLMOutput
 from infini_ds.training.optimizer_groups import parameter_groups
-from infini_ds.utils.errors import UserError, first_line
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
 
-
-@contextmanager
-def connect(environment: DistEnv, timeout_minutes: float) -> Iterator[None]:
-    """Join the run's ranks in a process group while the block runs; a group that exists already is used and left open.
-
-    Enter it before any data stream is opened, since its constructor waits for the other ranks. A collective operation
-    fails once it has waited `timeout_minutes` for another rank. After an error the group stays open: closing it could
-    wait for a rank that is gone.
-
-    Raises:
-        UserError: the ranks did not find each other.
-    """
-    opened = not dist.is_initialized()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's calls
-    for name in ("DeepSpeed", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if environment.device.type == "cuda":
-        torch.cuda.set_device(environment.device)
-    # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and
-    # a compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    limit = timedelta(minutes=timeout_minutes)
-    # DeepSpeed creates further groups without a time limit; torch takes these defaults for them.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
-    backend = "nccl" if environment.device.type == "cuda" else "gloo"
-    try:
-        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
-    except RuntimeError as error:
-        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"rank {environment.rank} could not join the {environment.world_size} ranks at {address} within "
-            f"timeout_minutes={timeout_minutes}: start every rank, and give an address of the first node that all "
-            f"reach, with a free port ({first_line(error)})"
-        ) from error
-    yield
-    if opened:
-        dist.destroy_process_group()
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's calls
+# Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and a
+# compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
@@ -78,7 +41,11 @@ class Engine:
         """Args: config: DeepSpeed's JSON with all values filled in (config/deepspeed_config.py)."""
         choice = recipe.optimizer
         groups = parameter_groups(model, choice)
-        settings = {"lr": choice.learning_rate, "betas": (choice.beta1, choice.beta2), "eps": choice.eps}
+        settings: dict[str, Any] = {
+            "lr": choice.learning_rate,
+            "betas": (choice.beta1, choice.beta2),
+            "eps": choice.eps,
+        }
         offload = config["zero_optimization"].get("offload_optimizer") or {}
         if offload.get("device", "none") != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -99,7 +66,7 @@ class Engine:
     def module(self) -> InfiniGPTNeoForCausalLM:
         return self._engine.module
 
-    def __call__(self, **micro_batch: Any) -> ModelOutput:
+    def __call__(self, **micro_batch: Any) -> InfiniCausalLMOutput:
         """Run the forward pass."""
         return self._engine(**micro_batch)
 
@@ -121,8 +88,9 @@ class Engine:
         """
         if skip:
             smallest = min(self.module.parameters(), key=torch.numel)
-            if getattr(smallest, "_hp_grad", None) is not None:  # bf16 with stage 1, where the next line has no effect
-                smallest._hp_grad.fill_(torch.nan)
+            high_precision = getattr(smallest, "_hp_grad", None)
+            if high_precision is not None:  # bf16 with stage 1, where the lines below have no effect
+                high_precision.fill_(torch.nan)
             else:
                 value = torch.full_like(smallest, torch.nan, dtype=torch.float32)
                 deepspeed.utils.safe_set_full_grad(smallest, value)
@@ -190,7 +158,7 @@ def _padding_only_groups(optimizer: Any) -> Iterator[None]:
     """
     empty = [group for group in optimizer.bit16_groups if all(lp._hp_mapping is None for lp in group)]
     for group in empty:
-        stand_in = torch.empty(0)
+        stand_in: Any = torch.empty(0)
         stand_in._hp_mapping = SimpleNamespace(get_optim_state_keys=list)
         stand_in.load_hp_checkpoint_state = lambda *_, **__: None
         optimizer.param_names[stand_in] = ""

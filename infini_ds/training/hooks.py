@@ -4,60 +4,59 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from infini_ds.data.batches import Batch
-from infini_ds.training.exchange import Exchange
+from infini_ds.distributed.async_gather import AsyncGather
 
 if TYPE_CHECKING:
     from infini_ds.training.stability import RollbackReason
     from infini_ds.training.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class RankFigures:
+    """What the ranks tell each other in a step."""
+
+    losses: list[float]  # each rank's part of the step's mean loss
+    next_predicted_tokens: int  # of the next global batch
+    stop_signal: int  # that a rank has received; 0 for none
+    seconds_waited: list[float]  # for data, by each rank, in all steps since the start or the last rollback
+
+
 @dataclass
 class Step:
-    """One step of training, on one rank.
+    """One step of training, on one rank."""
 
-    Attributes:
-        number: from 1; the run's step count once it is done.
-        batch: this rank's rows.
-        predicted_tokens: tokens of the global batch that the loss is taken over; 0 if all of its rows are skipped.
-        tokens_per_part: predicted tokens for each of the parts, micro-batches times data ranks, that are averaged.
-        learning_rates: by parameter group.
-        memory: each layer's memory at the end of the last micro-batch's rows; None before the forward pass.
-        exchange: what the ranks have exchanged; None before the backward pass.
-        skip: whether the optimizer leaves the weights as they are. `Hook.before_step` may set it, on all ranks alike.
-        rollback: why the run has to go back to a checkpoint. `Hook.after_step` may set it, on all ranks alike.
-        events: figures that the metrics record at this step as `stability/NAME`.
-    """
+    number: int  # from 1: the number of steps once it is done
+    batch: Batch  # this rank's rows
+    predicted_tokens: int  # of the global batch: that the loss is taken over; 0 if all of its rows are skipped
+    tokens_per_part: Tensor  # predicted tokens / (micro-batches * data ranks), whose gradients are averaged
+    learning_rates: dict[str, float]  # by parameter group
+    memory: tuple[tuple[Tensor, ...], ...] = ()  # each layer's state after the last micro-batch
+    exchange: AsyncGather | None = None  # started after the backward pass
+    skip: bool = False  # leave the weights as they are; `Hook.before_step` may set it, on all ranks alike
+    rollback: RollbackReason | None = None  # `Hook.after_step` may set it, on all ranks alike
+    events: dict[str, float] = field(default_factory=dict)  # recorded by the metrics as `stability/NAME`
 
-    number: int
-    batch: Batch
-    predicted_tokens: int
-    tokens_per_part: Tensor
-    learning_rates: dict[str, float]
-    memory: tuple | None = None
-    exchange: Exchange | None = None
-    skip: bool = False
-    rollback: RollbackReason | None = None
-    events: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def rank_losses(self) -> list[float]:
-        """Each rank's part of the loss. Waits for the device if it is read before the optimizer step."""
+    @cached_property
+    def figures(self) -> RankFigures:
+        """Known after the backward pass. Before the optimizer step, reading them waits for the device."""
         assert self.exchange is not None, "the backward pass comes first"
-        return self.exchange.figures.losses
+        losses, tokens, signals, waited = map(list, zip(*self.exchange.read(), strict=True))
+        return RankFigures(losses, int(sum(tokens)), int(max(signals)), waited)
 
     @property
     def loss(self) -> float:
         """Mean over the predicted tokens of the global batch; NaN if there are none."""
-        return sum(self.rank_losses) if self.predicted_tokens else math.nan
+        return sum(self.figures.losses) if self.predicted_tokens else math.nan
 
 
 class Hook:
-    """Does nothing at any point: override what is needed, and add an instance in `setup.build_trainer`.
+    """Does nothing at any point. Override what is needed, and add an instance to the list in `setup.build_trainer`.
 
     Every rank calls every hook, in the order of the list, so a hook may call collective operations.
     """

@@ -1,29 +1,25 @@
 """AdamW's parameter groups: which parameters decay, and which have a learning rate of their own."""
 
-from typing import TypedDict
+from typing import Any
 
 from torch import nn
 
 from infini_ds.config.recipe import OptimizerRecipe
 
 
-class ParameterGroup(TypedDict):
-    name: str
-    params: list[nn.Parameter]
-    lr: float
-    weight_decay: float
-
-
-def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
     """Return the groups "decay", "no_decay" and "gates", in this order; a group may be empty.
 
     Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases and norms do not
     decay. Gates do not decay either, and have their own learning rate.
     """
-    decay = ParameterGroup(name="decay", params=[], lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay)
-    no_decay = ParameterGroup(name="no_decay", params=[], lr=optimizer.learning_rate, weight_decay=0.0)
-    gates = ParameterGroup(name="gates", params=[], lr=optimizer.gate_learning_rate, weight_decay=0.0)
+    rate, gate_rate = optimizer.learning_rate, optimizer.gate_learning_rate
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"params": [], "lr": rate, "weight_decay": optimizer.weight_decay},
+        "no_decay": {"params": [], "lr": rate, "weight_decay": 0.0},
+        "gates": {"params": [], "lr": gate_rate, "weight_decay": 0.0},
+    }
     for name, parameter in model.named_parameters():
-        group = gates if name.endswith(".beta") else decay if parameter.dim() >= 2 else no_decay
-        group["params"].append(parameter)
-    return [decay, no_decay, gates]
+        group = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
+        groups[group]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items()]

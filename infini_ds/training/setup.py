@@ -1,18 +1,17 @@
 """Build the trainer of a resolved recipe: data, model, engine and hooks, resumed from the newest checkpoint."""
 
 import logging
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
 from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.config.resolve import ResolvedRun
 from infini_ds.config.resume import check_same_run
+from infini_ds.config.run_description import write_run_description
 from infini_ds.data.skip_rows import SkipRows
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.collectives import broadcast_from_rank_zero
@@ -27,7 +26,6 @@ from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.model_builder import build_model, fitting_block
 from infini_ds.training.stability import Stability
 from infini_ds.training.trainer import Trainer
-from infini_ds.utils.atomic import write_json_atomic, write_text_atomic
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
 
@@ -37,7 +35,7 @@ logger = logging.getLogger(__name__)
 def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) -> Trainer | None:
     """Build the trainer of a run and load its newest checkpoint. Returns None if the run is complete.
 
-    Call it on all ranks, inside `engine.connect`, with the run's lock taken.
+    Call it on all ranks, inside `connect`, with the run's lock taken.
 
     Raises:
         UserError: the run was begun with another recipe or other data, its checkpoints are damaged, or the memory of
@@ -57,7 +55,7 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
         sharding = ZeroSharding.from_json(run.deepspeed, dims.world_size)
         schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, run.environment))
     if dims.rank == 0:
-        describe_run(run)
+        write_run_description(run)
     stability = Stability(recipe)
     with one_start_at_a_time(run.environment.local_rank == 0):
         stream = TrainingStream(
@@ -107,20 +105,6 @@ def newest_checkpoint(run: ResolvedRun) -> Path | None:
         assert run.data_fingerprint is not None, "training needs data"
         check_same_run(recipe, run.data_fingerprint)
     return checkpoints.newest_intact(recipe.folder)
-
-
-def describe_run(run: ResolvedRun) -> None:
-    """Write into the run's folder what it is: its recipe, and the data's fingerprint, manifests and tokenizer."""
-    recipe = run.recipe
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(recipe.folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-    streams = [
-        {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}
-        for source in run.sources
-    ]
-    description = {"fingerprint": run.data_fingerprint, "streams": streams}
-    write_json_atomic(recipe.folder / "data_manifest.json", description)
-    shutil.copytree(run.sources[0].folder / "tokenizer", recipe.folder / "tokenizer", dirs_exist_ok=True)
 
 
 def log_summary(trainer: Trainer) -> None:

@@ -14,20 +14,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from infini_ds.checkpoint import manager as checkpoints
+from infini_ds.checkpoint import skip_records
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
+from infini_ds.checkpoint.skip_records import SKIPPED_ROWS, SKIPPED_STEPS, Rollback, SkippedStep
 from infini_ds.config.recipe import Recipe
 from infini_ds.distributed.collectives import all_gather_object, broadcast_from_rank_zero
 from infini_ds.training.hooks import Hook, Step
-from infini_ds.training.skip_records import (
-    SKIPPED_ROWS,
-    SKIPPED_STEPS,
-    Rollback,
-    SkippedStep,
-    append_rollback,
-    append_skipped_step,
-    read_rollbacks,
-    read_skipped_steps,
-)
 from infini_ds.training.trainer import Trainer
 from infini_ds.utils.errors import UserError
 
@@ -37,29 +29,21 @@ MIN_DEVIATION = 1e-6  # of the loss, so that a constant loss does not divide by 
 
 @dataclass(frozen=True)
 class StepDecision:
-    """What a step's loss shows; the same on every rank.
+    """What a step's loss shows; the same on every rank."""
 
-    Attributes:
-        loss: of the step, over all ranks.
-        nonfinite_ranks: whose part of the loss is NaN or infinite.
-        sigmas: standard deviations that the loss lies above the recent mean; 0 if spikes are not looked for.
-        spike: whether that is a spike.
-        rolls_back: whether the spike leads to a rollback.
-    """
-
-    loss: float
-    nonfinite_ranks: list[int]
-    sigmas: float
+    loss: float  # of the step, over all ranks
+    nonfinite_ranks: list[int]  # whose part of the loss is NaN or infinite
+    sigmas: float  # standard deviations that the loss lies above the recent mean; 0 if spikes are not looked for
     spike: bool
-    rolls_back: bool
+    rolls_back: bool  # because of the spike
 
 
 @dataclass(frozen=True)
 class RollbackReason:
-    """Why the run has to go back to a checkpoint; `spike` is False for skipped steps."""
+    """Why the run has to go back to a checkpoint."""
 
     what: str
-    spike: bool
+    spike: bool  # or steps that were skipped
 
 
 class Stability(Hook):
@@ -68,7 +52,7 @@ class Stability(Hook):
     def __init__(self, recipe: Recipe):
         """Read the run's earlier rollbacks, on all ranks together."""
         self.recipe, self.limits = recipe, recipe.stability
-        self._rollbacks = broadcast_from_rank_zero(lambda: read_rollbacks(recipe.folder))
+        self._rollbacks = broadcast_from_rank_zero(lambda: skip_records.read_rollbacks(recipe.folder))
         self._recent: deque[tuple[int, list[int]]] = deque(maxlen=self.limits.spike_batches)  # step, this rank's rows
 
     @property
@@ -95,7 +79,7 @@ class Stability(Hook):
             sigmas = (loss - state.loss_mean) / max(math.sqrt(state.loss_variance), MIN_DEVIATION)
         spike = sigmas > self.limits.spike_sigmas > 0
         rolls_back = spike and self.limits.on_spike == "roll_back" and trainer.latest_checkpoint is not None
-        nonfinite = [rank for rank, part in enumerate(step.rank_losses) if not math.isfinite(part)]
+        nonfinite = [rank for rank, part in enumerate(step.figures.losses) if not math.isfinite(part)]
         return StepDecision(loss, nonfinite, sigmas, spike, rolls_back)
 
     def _looks_for_spikes(self, state: TrainState) -> bool:
@@ -123,9 +107,9 @@ class Stability(Hook):
             return None
         reason = "spike" if decision.rolls_back else "loss" if decision.nonfinite_ranks else "gradient"
         rows = all_gather_object(step.batch.row_numbers)
-        if trainer.is_first:
+        if trainer.is_rank_zero:
             skipped = SkippedStep(step.number, reason, decision.nonfinite_ranks, rows)
-            append_skipped_step(self.recipe.folder, skipped)
+            skip_records.append_skipped_step(self.recipe.folder, skipped)
         if decision.rolls_back:
             return RollbackReason(f"the loss spiked at step {step.number}", spike=True)
         state.consecutive_skips = n = state.consecutive_skips + 1
@@ -161,16 +145,16 @@ class Stability(Hook):
             )
         rows = self._rows_of(reason, trainer.state, after=to_step)
         rollback = Rollback(trainer.state.step, to_step, reason.what, rows)
-        if trainer.is_first:
+        if trainer.is_rank_zero:
             complete = complete_checkpoints(folder)
             for later in complete[complete.index(target) + 1 :]:
                 checkpoints.remove(later)
-            append_rollback(folder, rollback)
+            skip_records.append_rollback(folder, rollback)
         dist.barrier()
         self._rollbacks.append(rollback)
         self._recent.clear()
         trainer.restore(target, self.rows_to_skip)
-        if trainer.is_first:
+        if trainer.is_rank_zero:
             logger.warning(
                 f"{reason.what}: rolled back from step {rollback.from_step} to {to_step}, skipping {len(rows)} rows "
                 f"from now on ({SKIPPED_ROWS})"
@@ -181,7 +165,7 @@ class Stability(Hook):
         if reason.spike:
             of_ranks = all_gather_object([row for step, rows in self._recent if step > after for row in rows])
         else:  # from the disk, since the run may have been stopped and resumed in between
-            records = broadcast_from_rank_zero(lambda: read_skipped_steps(self.recipe.folder))
+            records = broadcast_from_rank_zero(lambda: skip_records.read_skipped_steps(self.recipe.folder))
             rows_of_step = {record.step: record.rows for record in records if record.reason != "spike"}
             steps = sorted(step for step in rows_of_step if step <= state.step)[-state.consecutive_skips :]
             of_ranks = [rows for step in steps for rows in rows_of_step[step]]

@@ -17,9 +17,9 @@ from infini_ds.config.resolve import ResolvedRun
 from infini_ds.data.batches import Batch
 from infini_ds.data.skip_rows import BatchStream, SkipRows
 from infini_ds.data.streams import ValidationRows
+from infini_ds.distributed.async_gather import AsyncGather
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.model import InfiniGPTNeoForCausalLM
-from infini_ds.training.exchange import Exchange
 from infini_ds.training.hooks import Hook, Step
 from infini_ds.training.validation import position_losses
 
@@ -31,29 +31,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """Trains on one rank, in step with the others.
-
-    Attributes:
-        run: the resolved recipe.
-        engine: holds model, optimizer and learning-rate schedule.
-        stream: this rank's training batches.
-        validation: the validation rows.
-        state: where the run stands.
-        shutdown: whether a stop is requested.
-        latest_checkpoint: the newest checkpoint of the run, None before the first one.
-        hooks: called in this order.
-        data_state: position of the stream after the current step, for its checkpoint.
-    """
+    """Trains on one rank, in step with the others."""
 
     run: ResolvedRun
-    engine: "Engine"
-    stream: BatchStream
+    engine: "Engine"  # model, optimizer and learning-rate schedule
+    stream: BatchStream  # this rank's training batches
     validation: ValidationRows
-    state: TrainState
+    state: TrainState  # where the run stands
     shutdown: GracefulShutdown
-    latest_checkpoint: Path | None
-    hooks: Sequence[Hook]
-    data_state: dict[str, Any] = field(default_factory=dict)
+    latest_checkpoint: Path | None  # of this run; None before the first one
+    hooks: Sequence[Hook]  # called in this order
+    data_state: dict[str, Any] = field(default_factory=dict)  # the stream's position after this step
 
     def fit(self) -> bool:
         """Train from where the run stands. Returns True at the last step, False after a requested stop."""
@@ -96,7 +84,7 @@ class Trainer:
         return self.run.environment.device
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is rank 0, which logs and writes."""
         return self.run.dims.rank == 0
 
@@ -116,7 +104,7 @@ class Trainer:
 
     def log(self, sentence: str, level: int = logging.INFO) -> None:
         """Log a sentence about the current step, once; all ranks may call it."""
-        if self.is_first:
+        if self.is_rank_zero:
             logger.log(level, f"step {self.state.step}: {sentence}")
 
     def start_from_state(self) -> None:
@@ -152,27 +140,35 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for micro_batch in step.batch.micro_batches(shape.micro_rows, self.device):
             output = self.engine(**micro_batch, num_items_in_batch=step.tokens_per_part)
+            assert output.loss is not None and output.memory is not None
             self.engine.backward(output.loss)
             loss += output.loss.detach().float() / (shape.data_size * shape.accumulation)
             step.memory = output.memory
         return loss
 
     def exchange(self, step: Step, loss: Tensor) -> None:
-        """Read the next batch, and exchange with the other ranks what each of them knows."""
+        """Start the only exchange between the ranks in a step, besides DeepSpeed's own.
+
+        How many tokens the global batch predicts has to be known before the forward pass. So each rank reads its next
+        batch one step ahead, and its number of tokens travels with the loss of this step. Nothing here waits for the
+        device. The one wait of a step is DeepSpeed's: the host has to see whether the gradient is finite before it lets
+        the optimizer change the weights. Figures that are read after that are there already.
+        """
         self.data_state = self.stream.state_dict()  # before the stream moves on
         next_tokens = 0
         if step.number < self.recipe.steps:
             self._batch = next(self._batches)
             next_tokens = self._batch.predicted_tokens
-        step.exchange = Exchange(loss, next_tokens, self.shutdown.received, self.stream.waited - self._waited_before)
+        waited = self.stream.waited - self._waited_before
+        known = torch.tensor([next_tokens, self.shutdown.received, waited], dtype=torch.float64)
+        step.exchange = AsyncGather(torch.cat([loss.double()[None], known.to(self.device, non_blocking=True)]))
 
     def count(self, step: Step) -> None:
         """Count the step, and take over what the other ranks know."""
         self.state.step = step.number
         self.state.tokens += self.tokens_per_step
-        assert step.exchange is not None
-        self._predicted_tokens = step.exchange.figures.next_predicted_tokens
-        self.shutdown.agreed = self.shutdown.agreed or step.exchange.figures.stop_signal
+        self._predicted_tokens = step.figures.next_predicted_tokens
+        self.shutdown.agreed = self.shutdown.agreed or step.figures.stop_signal
 
     def validate_if_due(self) -> None:
         """Measure the loss on the validation rows with and without the memory.

@@ -1,4 +1,4 @@
-"""Faults for the stability checks to find: `inject` them into a trainer, or start a rank of launch/pretrain.py with one.
+"""Faults for the stability checks to find: `inject` one into a trainer, or start a rank of launch/pretrain.py with it.
 
 python tests/support/faults.py FAULT.pt key=value ...
 """

@@ -18,7 +18,7 @@ from infini_ds.config.recipe import load_recipe
 from infini_ds.config.resolve import resolve
 from infini_ds.distributed import environment as distributed_environment
 from infini_ds.distributed.environment import DistEnv, detect_environment
-from infini_ds.training.engine import connect
+from infini_ds.distributed.process_group import connect
 from infini_ds.training.setup import build_trainer
 from infini_ds.training.trainer import Trainer
 

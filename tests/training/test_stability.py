@@ -10,9 +10,9 @@ from faults import Fault, inject
 from harness import SHAPE, STEPS, build, start_ranks
 
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
+from infini_ds.checkpoint.skip_records import Rollback, SkippedStep, read_rollbacks, read_skipped_steps
 from infini_ds.data.batches import Batch
 from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.training.skip_records import Rollback, SkippedStep, read_rollbacks, read_skipped_steps
 from infini_ds.training.stability import update_loss_statistics
 from infini_ds.utils.errors import UserError
 
@@ -149,7 +149,7 @@ def test_a_run_that_rollbacks_do_not_help_ends(pretrain, tmp_path, capsys):
 
 
 def test_records_of_a_run_begun_before_are_read(pretrain, batches, tmp_path):
-    """Files and keys of version 0.1: rows that the run has skipped so far stay skipped, and new lines go to new files."""
+    """Files and keys of version 0.1: rows that the run skips so far stay skipped, and new lines go to new files."""
     run = tmp_path / "old"
     run.mkdir()
     rollback = {"from": 7, "back_to": 4, "why": "the loss spiked at step 7", "rows": batches[2].row_numbers}
