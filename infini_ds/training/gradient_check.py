@@ -73,7 +73,8 @@ def unsharded_gradients(trainer: Trainer, step: Step, rng_states: dict) -> dict[
     Each rank computes its own rows with a copy of the model, and the gradients are summed over the ranks.
     """
     model, shape, device = trainer.model, trainer.run.batch_shape, trainer.device
-    copy = type(model)(trainer.run.model_config).to(device=device, dtype=model.dtype).train(model.training)
+    copy = type(model)(trainer.run.model_config).train(model.training)
+    copy.to(device=device, dtype=model.dtype)  # type: ignore[call-arg]  # of transformers' wrapper
     copy.load_state_dict(model.state_dict())
     copy.block_schedule = model.block_schedule
     if trainer.recipe.model.gradient_checkpointing:
