@@ -3,8 +3,7 @@
 import shutil
 from dataclasses import asdict
 
-from omegaconf import OmegaConf
-
+from infini_ds.config.recipe import RECIPE_FILE
 from infini_ds.config.resolve import ResolvedRun
 from infini_ds.utils.atomic import write_json_atomic, write_text_atomic
 
@@ -13,7 +12,7 @@ def write_run_description(run: ResolvedRun) -> None:
     """Write the recipe, and the data's fingerprint, manifests and tokenizer, into the run's folder."""
     folder = run.recipe.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(folder / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(run.recipe)))
+    write_text_atomic(folder / RECIPE_FILE, run.recipe.to_yaml())
     streams = [
         {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}
         for source in run.sources

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from infini_ds.config.recipe import OptimizerRecipe
+from infini_ds.config.recipe import OptimizerSection
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict[str, Any]]:
     """Return the groups "decay", "no_decay" and "gates", in this order; a group may be empty.
 
     Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases and norms do not

@@ -24,7 +24,7 @@ from infini_ds.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
-from infini_ds.config.recipe import CheckpointRecipe
+from infini_ds.config.recipe import CheckpointSection
 from infini_ds.conversion.locate import load_model, locate
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.utils.errors import UserError
@@ -177,7 +177,7 @@ def test_which_steps_are_kept(validated, skipping, keep_last, keep_every):
     steps = sorted(validated)
     states = [TrainState(step, 0, step, validated[step], consecutive_skips=step in skipping) for step in steps]
     manifests = [CheckpointManifest(state, 1, "", "", {}) for state in states]
-    kept = steps_to_keep(manifests, CheckpointRecipe(keep_last=keep_last, keep_every=keep_every, keep_best=True))
+    kept = steps_to_keep(manifests, CheckpointSection(keep_last=keep_last, keep_every=keep_every, keep_best=True))
     expected = set(steps[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
     expected |= set([step for step in steps if step not in skipping][-1:])
     assert expected <= kept <= set(steps) and len(kept - expected) <= 1

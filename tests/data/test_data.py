@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, environment, pretrain
+from infini_ds.streaming_compat.shards import ShardStream, is_whole
+from infini_ds.streaming_compat.shared_memory import SHM, find_kept, one_start_at_a_time, remove_stale
 from ranks import choose, read
 
 from data_prep.prepare import PrepareOptions, prepare
 from infini_ds.data.sources import check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows
 from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.streaming_compat.shards import ShardStream, is_whole
-from infini_ds.streaming_compat.shared_memory import SHM, find_kept, one_start_at_a_time, remove_stale
 from infini_ds.utils.errors import UserError
 
 RANKS = ROOT / "tests" / "support" / "ranks.py"

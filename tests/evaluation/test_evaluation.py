@@ -13,10 +13,10 @@ from reference import random_ids, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.export import export
 from infini_ds.conversion.locate import load_tokenizer, locate
 from infini_ds.data.batches import collate, pad_documents
-from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import blimp, position, recall
 from infini_ds.evaluation.model_loading import load, model_sha256

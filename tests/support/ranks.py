@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from infini_ds.data.sources import find_sources
+from infini_ds.config.training_data import find_sources
 from infini_ds.data.streams import TrainingStream
 
 

@@ -17,8 +17,8 @@ from infini_ds.checkpoint.manifest import complete_checkpoints
 from infini_ds.config.lr_schedule import factor, gate_factor
 from infini_ds.config.model_config import block_schedule, model_config
 from infini_ds.config.recipe import load_recipe
+from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.training.engine import parameter_groups
