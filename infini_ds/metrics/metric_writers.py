@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.memory_rule import State, state_tensors
 from infini_ds.utils.atomic import write_text_atomic
 
 FILE = "metrics.jsonl"
@@ -61,18 +62,17 @@ def gates(model: InfiniGPTNeoForCausalLM) -> Tensor:
     return torch.stack([torch.sigmoid(layer.attention.beta.detach().float()) for layer in layers]).cpu()
 
 
-def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
+def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: Sequence[State]) -> dict[str, float]:
     """Return each head's gate, and the norm of each tensor of each layer's state, averaged over rows and heads.
 
     Args:
-        memory: each layer's state at the end of a row; its tensors are (B, H, ...). Those of a named tuple are recorded
-            by their names, others by their position.
+        memory: each layer's state at the end of a row; its tensors are (B, H, ...).
     """
     values: dict[str, float] = {}
     for layer, gates_of_heads in enumerate(gates(model).tolist()):
         values |= {f"gate/layer_{layer}/head_{head}": gate for head, gate in enumerate(gates_of_heads)}
     for layer, state in enumerate(memory):
-        for name, tensor in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
-            norms = tensor.detach().flatten(2).norm(dim=-1) if tensor.dim() > 2 else tensor.detach().abs()
+        for name, tensor in state_tensors(state).items():
+            norms = tensor.detach().norm(dim=tuple(range(min(2, tensor.dim() - 1), tensor.dim())))
             values[f"memory/{name}_norm/layer_{layer}"] = norms.mean().item()
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from infini_ds.data.batches import Batch
 from infini_ds.distributed.async_gather import AsyncGather
+from infini_ds.model.memory_rule import State
 
 if TYPE_CHECKING:
     from infini_ds.training.stability import RollbackReason
@@ -36,7 +38,7 @@ class Step:
     predicted_tokens: int  # of the global batch: that the loss is taken over; 0 if all of its rows are skipped
     tokens_per_part: Tensor  # predicted tokens / (micro-batches * data ranks), whose gradients are averaged
     learning_rates: dict[str, float]  # by parameter group
-    memory: tuple[tuple[Tensor, ...], ...] = ()  # each layer's state after the last micro-batch
+    memory: Sequence[State] = ()  # each layer's state after the last micro-batch
     exchange: AsyncGather | None = None  # started after the backward pass
     skip: bool = False  # leave the weights as they are; `Hook.before_step` may set it, on all ranks alike
     rollback: RollbackReason | None = None  # `Hook.after_step` may set it, on all ranks alike
