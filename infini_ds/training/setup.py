@@ -17,7 +17,7 @@ from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.collectives import broadcast_from_rank_zero
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
-from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.checkpointing import Checkpointing
 from infini_ds.training.engine import Engine
 from infini_ds.training.gradient_check import GradientCheck
