@@ -13,6 +13,7 @@ from infini_ds.planning.memory_estimate import Workload, ZeroSharding, largest_b
 from infini_ds.utils.errors import UserError
 
 BASELINES = ("gpt-neo", "infini-transformer-pytorch")
+DELTA_RULES = ("delta", "delta_paper")  # of this project, that the package's delta rule is compared with
 
 LossFunction = Callable[[Any, Tensor], Tensor]  # (model, ids (1, T)) -> loss
 
@@ -125,7 +126,7 @@ def _build_infini_transformer(shape: ModelShape) -> tuple[nn.Module, LossFunctio
             "--contenders infini-transformer-pytorch: the package is not installed; pip install "
             "infini-transformer-pytorch, or leave it out"
         ) from error
-    if shape.memory_rule not in ("linear", "delta", "delta_paper"):
+    if shape.memory_rule not in ("linear", *DELTA_RULES):
         raise UserError(
             f"--rule {shape.memory_rule}: infini-transformer-pytorch has the linear and the delta rule only; leave it "
             "out of --contenders"
@@ -136,7 +137,7 @@ def _build_infini_transformer(shape: ModelShape) -> tuple[nn.Module, LossFunctio
         depth=shape.layers,
         heads=shape.heads,
         dim_head=shape.width // shape.heads,
-        use_mem_delta_rule=shape.memory_rule != "linear",
+        use_mem_delta_rule=shape.memory_rule in DELTA_RULES,
     )
     wrapper = InfiniTransformerWrapper(model, segment_length=shape.segment_length, detach_mems_every_num_segments=10**9)
     return wrapper, lambda model, ids: model(ids)
