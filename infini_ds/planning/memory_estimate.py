@@ -9,7 +9,7 @@ Three moments matter. `computing`: a block is there as a whole, and its loss is 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.model_config import block_schedule
@@ -38,7 +38,7 @@ class Workload:
     rows: int
     tokens: int
     precision: str
-    schedule: BlockSchedule = BlockSchedule()
+    schedule: BlockSchedule = field(default_factory=BlockSchedule)
     accumulation: int = 1
     packed: bool = True
     checkpointing: bool = False

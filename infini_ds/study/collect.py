@@ -61,7 +61,7 @@ def _collect_run(study: Study, run: Run, start: RunResult | None) -> RunResult:
     measurements = tuple(
         Measurement(step, tokens.at(step), *value, sha256=hashes.get(step, "")) for step, value in found
     )
-    return RunResult(_run_info(study, run), measurements, _gate_curves(run, metrics, start))
+    return RunResult(_run_info(study, run), measurements, gate_curves(run, metrics, start))
 
 
 def _run_info(study: Study, run: Run) -> RunInfo:
@@ -95,7 +95,7 @@ class _TokenCount:
         return self.tokens_before + round(step * self.recorded[last] / last)
 
 
-def _gate_curves(run: Run, metrics: Metrics, start: RunResult | None) -> dict[tuple[int, int], list[tuple[int, float]]]:
+def gate_curves(run: Run, metrics: Metrics, start: RunResult | None) -> dict[tuple[int, int], list[tuple[int, float]]]:
     """Return (layer, head) -> [(step, gate)], from step 0 on, where the gate is that of the run it starts from."""
     initial = 1 / (1 + math.exp(-run.gate_init))
     curves: dict[tuple[int, int], list[tuple[int, float]]] = {}

@@ -132,8 +132,8 @@ def plot_gates(cells: list[Cell], by: Callable[[RunInfo], int], unit: str, title
                     linewidth=1.4,
                     label=f"{unit} of {by(cell.run):,}, {cell.run.gate_schedule} learning rate",
                 )
-            axes.set_title(f"layer {layer}, {_rank_name(rank, heads)} gate", fontsize=9)
-        row[0].set_ylabel("gate", fontsize=9)
+            axes.set_title(f"layer {layer}, {_rank_name(rank, heads)}", fontsize=9)
+        row[0].set_ylabel("gate, sigmoid(beta)", fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("step", fontsize=9)
     return save(figure, file, title, legend_handles(panels[0][0]), columns=2, foot=0.12)
@@ -148,8 +148,8 @@ def _gates_of_rank(result: RunResult, layer: int, rank: int) -> Points:
 
 def _rank_name(rank: int, heads: int) -> str:
     if heads == 1:
-        return "only"
-    return {0: "lowest", heads - 1: "highest"}.get(rank, f"{rank + 1} of {heads}")
+        return "only gate"
+    return {0: "lowest gate", heads - 1: "highest gate"}.get(rank, f"gate {rank + 1} of {heads}")
 
 
 def plot_pretraining(panels: dict[str, list[Cell]], file: Path) -> Path:
@@ -225,7 +225,7 @@ def plot_gain_by_position(cells: list[Cell], file: Path) -> Path | None:
                 style = {"color": COLORS[names.index(name) % len(COLORS)], "label": name, "marker": "."}
                 plot_band(axes, cell, _gain_by_position, linestyle=LINE_STYLES[cell.run.gate_schedule], **style)
         axes.set(xlabel="position in the row (tokens)", title=f"segments of {segment_length}")
-    row[0][0].set_ylabel("loss with memory off - on (nats/token)")
+    row[0][0].set_ylabel("loss, memory off minus on (nats/token)")
     return save(figure, file, "Loss reduction by the memory", legend_handles(*row[0]), columns=3, foot=0.14)
 
 

@@ -154,7 +154,7 @@ def published_table(task: str, finetuned: list[Cell], plain: Cell | None) -> str
     note = "" if steps else "Not measured in this study."
     if task == "glue" and steps:
         note = f"In this study the mean over {', '.join(glue_tasks(cells))}."
-    return "\n\n".join([table(["segment length", *columns], rows), note])
+    return "\n\n".join(filter(None, [table(["segment length", *columns], rows), note]))
 
 
 def glue_tasks(cells: list[Cell]) -> list[str]:

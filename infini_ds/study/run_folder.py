@@ -7,12 +7,13 @@ would mix results of two configurations.
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from infini_ds.checkpoint.manifest import MANIFEST
-from infini_ds.study.grid import Run, flatten
+from infini_ds.config.loader import Loader, show
+from infini_ds.config.recipe import RENAMED, Recipe
+from infini_ds.study.grid import Run, flatten, format_value
 from infini_ds.utils.atomic import write_json_atomic
 from infini_ds.utils.errors import UserError
 
@@ -50,8 +51,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 def definition(run: Run) -> dict[str, Any]:
     """Return everything that a run's results depend on, except its data, whose hashes the training compares itself."""
-    keys = {key: value for key, value in flatten(asdict(run.recipe)).items() if key not in PATH_KEYS}
-    return {"recipe": keys, "start_from": run.start.name if run.start else None}
+    return {"recipe": _recipe_keys(run.recipe), "start_from": run.start.name if run.start else None}
 
 
 def check_definition(run: Run) -> None:
@@ -59,13 +59,35 @@ def check_definition(run: Run) -> None:
     file = run.folder / DEFINITION
     if not file.is_file():
         return
-    begun, now = flatten(json.loads(file.read_text())), flatten(json.loads(json.dumps(definition(run))))
-    for key in now | begun:
-        if begun.get(key) != now.get(key):
+    begun, now = _read_definition(file), definition(run)
+    before = begun["recipe"] | {"start_from": begun["start_from"]}
+    after = now["recipe"] | {"start_from": now["start_from"]}
+    for key in after | before:  # either may lack a key of model.config
+        if before.get(key) != after.get(key):
             raise UserError(
-                f"{key.removeprefix('recipe.')}={now.get(key)}, but {run.folder} was begun with {begun.get(key)}: give "
-                f"the study another name=, or remove that folder"
+                f"{key}={show(after.get(key))}, but {run.folder} was begun with {show(before.get(key))}: give the "
+                "study another name=, or remove that folder"
             )
+
+
+def _read_definition(file: Path) -> dict[str, Any]:
+    """Return the content of a definition.json with today's names of keys, also that of an earlier version."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    loader = Loader(Recipe, RENAMED, read_renamed=True)
+    try:
+        loader.add_overrides([f"{key}={format_value(value)}" for key, value in content["recipe"].items()], f"in {file}")
+        recipe = loader.build()
+    except UserError as error:
+        raise UserError(
+            f"{error}: this run was begun with another version of infini_ds and cannot be resumed with this one, so "
+            f"give the study another name=, or remove {file.parent}"
+        ) from error
+    return {"recipe": _recipe_keys(recipe), "start_from": content["start_from"]}
+
+
+def _recipe_keys(recipe: Recipe) -> dict[str, Any]:
+    keys = flatten(recipe.model_dump(mode="json"))
+    return {key: value for key, value in keys.items() if key not in PATH_KEYS}
 
 
 def begin(run: Run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.options import PrepareOptions
-from infini_ds.config.keys import Section
+from infini_ds.config.keys import Section, key
 from infini_ds.config.loader import load_keys
 from infini_ds.config.sections import FolderName, PathText
 from infini_ds.utils.errors import UserError, did_you_mean
@@ -23,20 +23,22 @@ class ArmSection(Section):
     `grid` is a list of products: `[{seed: [0, 1], model.segment_length: [32, 64]}]` gives four runs.
     """
 
-    start_from: str | None = None  # the arm whose exported models these runs start from
-    recipe: dict[str, Any] = {}  # recipe keys that all runs of the arm share
-    grid: list[dict[str, Any]] = []  # {axis: values}; a recipe key or context_length
+    start_from: str | None = key(None, "the arm whose exported models these runs start from")
+    recipe: dict[str, Any] = key({}, "recipe keys that all runs of the arm share")
+    grid: list[dict[str, Any]] = key([], "products of axes, each {axis: values}; a recipe key or context_length")
 
 
 class EvaluationSection(Section):
     """Which tasks are evaluated at which step, and their options. A task whose data is null is left out."""
 
-    # At step 0 of a run that starts from another run, at each multiple of checkpoint.keep_every, and at the last step.
-    along: list[str] = ["blimp", "glue"]
-    last: list[str] = ["position"]  # at the last step only
-    blimp: str | None = None  # a folder of JSONL files, or the dataset's name on the hub
-    glue: str | None = None  # a folder with the tasks' files, or "hub"
-    options: dict[str, Any] = {}  # other options: `limit: 40` becomes `--limit 40`
+    along: list[str] = key(
+        ["blimp", "glue"],
+        "tasks at step 0 of runs that start from others, at multiples of checkpoint.keep_every, and at the last step",
+    )
+    last: list[str] = key(["position"], "tasks of the last step only")
+    blimp: str | None = key(None, "a folder of JSONL files, or the dataset's name on the hub")
+    glue: str | None = key(None, "a folder with the tasks' files, or hub")
+    options: dict[str, Any] = key({}, "other options of the evaluation: `limit: 40` becomes `--limit 40`")
 
     def tasks_at(self, is_last_step: bool) -> list[str]:
         """Return the tasks to evaluate, without those that have no data."""
@@ -50,13 +52,13 @@ class EvaluationSection(Section):
 
 
 class Study(Section):
-    name: FolderName = "study"  # the study's folder is output/name
-    output: PathText = "studies"
-    config: PathText | None = None  # the recipe that all runs share
-    recipe: dict[str, Any] = {}  # recipe keys that override it
-    context_length: int = 512  # tokens in a row, unless it is an axis of the grid
-    data: dict[str, Any] = {}  # options of data_prep, such as source: text:FOLDER
-    arms: dict[str, ArmSection] = {}
+    name: FolderName = key("study", "the study's folder is output/name")
+    output: PathText = key("studies", "the folder of all studies")
+    config: PathText | None = key(None, "the recipe that all runs share")
+    recipe: dict[str, Any] = key({}, "recipe keys that override it")
+    context_length: int = key(512, "tokens in a row, unless it is an axis of the grid", ge=2)
+    data: dict[str, Any] = key({}, "options of data_prep, such as source: text:FOLDER")
+    arms: dict[str, ArmSection] = key({}, "kinds of runs, by name")
     evaluation: EvaluationSection = EvaluationSection()
 
     @property
@@ -86,8 +88,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), shipped: str | P
 
 def _check_data(data: dict[str, Any]) -> None:
     known = {option.name for option in dataclasses.fields(PrepareOptions)} - DATA_OPTIONS_SET_BY_STUDY
-    for key in data:
-        if key not in known:
-            raise UserError(f"unknown key data.{key}{did_you_mean(key, known, prefix='data.')}")
+    for name in data:
+        if name not in known:
+            raise UserError(f"unknown key data.{name}{did_you_mean(name, known, prefix='data.')}")
     if "source" not in data:
         raise UserError("data.source is missing: give the text, such as data.source=text:FOLDER or data.source=stdlib")

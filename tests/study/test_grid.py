@@ -4,10 +4,11 @@ import pytest
 from harness import ROOT
 
 from data_prep.__main__ import parse
+from infini_ds.config.keys import list_keys
 from infini_ds.config.recipe import load_recipe
 from infini_ds.study.commands import Scripts, StudyCommands
 from infini_ds.study.grid import expand, flatten
-from infini_ds.study.study_config import load_study
+from infini_ds.study.study_config import Study, load_study
 from infini_ds.utils.errors import UserError
 
 STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
@@ -63,17 +64,18 @@ def test_a_combination_of_two_products_is_one_run():
     [
         ("nme=x", ["nme", "did you mean name?"]),
         ("armz=1", ["armz", "did you mean arms?"]),
-        ("name=a/b", ["name='a/b'", "output="]),
+        ("name=a/b", ["name=a/b", "output="]),
         ("data.sourcee=x", ["data.sourcee", "did you mean data.source?"]),
-        ("config=none.yaml", ["none.yaml", "there is no such file"]),
+        ("config=none.yaml", ["none.yaml does not exist", "launch/recipes/study.yaml"]),
         ("recipe.stepz=3", ["arm base", "stepz", "did you mean steps?"]),
         ("recipe.name=x", ["name is set by the study"]),
         ("arms.finetune.start_from=bas", ["arms.finetune.start_from=bas is not an arm", "did you mean base?"]),
         ("arms.base.start_from=finetune", ["arms.base.start_from=finetune", "circle"]),
-        ("arms.finetune.grd=[]", ["grd", "Did you mean: 'grid'"]),
+        ("arms.finetune.grd=[]", ["grd", "did you mean arms.finetune.grid?"]),
         ("arms.finetune.grid=[{model.segmnt_length: [3]}]", ["model.segmnt_length", "model.segment_length"]),
         ("arms.finetune.grid=[{seed: 3}]", ["seed=3", "list of values"]),
         ("arms.finetune.grid=[{seed: [7]}]", ["no run of arm base", "seed=7"]),
+        ("context_length=1", ["context_length=1", "at least 2"]),
         ("arms.finetune.grid=[]", ["arms.finetune.grid is empty"]),
         ("arms.finetune.grid=[{model.segment_length: [1024], seed: [0]}]", ["1024 is longer than a row of 512"]),
         ("arms.finetune.grid=[{context_length: [x], seed: [0]}]", ["context_length=x", "number of tokens"]),
@@ -85,6 +87,12 @@ def test_mistakes_get_a_sentence(override, words):
         expand(load_study(SMALL, [override]))
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_the_document_lists_every_key():
+    text = (ROOT / "docs" / "study.md").read_text()
+    names = [key.name.removeprefix("arms[i].") for key in list_keys(Study, elements=True)]
+    assert all(f"`{name}`" in text for name in names) and "evaluation.along" in names and "start_from" in names
 
 
 def test_flatten_joins_keys_with_dots():

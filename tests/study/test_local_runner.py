@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +26,9 @@ class ShellCommands(StudyCommands):
     shell: dict[str, str] = field(default_factory=dict)
 
     def for_run(self, run):
-        text = self.shell.get(run.name, "true") + f" && mkdir -p {run.export} && echo '{{}}' > {run.export}/config.json"
+        partial = run.folder / "partial"
+        export = f"mkdir -p {partial} && echo '{{}}' > {partial}/config.json && mv {partial} {run.export}"
+        text = f"{self.shell.get(run.name, 'true')} && {export}"
         return [Command("training", ("bash", "-c", text), run.export.is_dir)]
 
 
@@ -36,7 +38,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     grid = "arms.finetune.grid=[{model.segment_length: [32, 64], seed: [0, 1]}]"
     study = load_study(SMALL, [f"output={tmp_path}", grid])
-    study = replace(study, arms={arm: study.arms[arm] for arm in ("base", "finetune")})
+    study = study.model_copy(update={"arms": {arm: study.arms[arm] for arm in ("base", "finetune")}})
     runs = expand(study)
 
     def execute(shell: dict[str, str], children: ChildProcesses | None = None):

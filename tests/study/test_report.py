@@ -18,7 +18,7 @@ from infini_ds.study.local_runner import execute_run
 from infini_ds.study.provenance import PROVENANCE
 from infini_ds.study.report import report_study, write_report
 from infini_ds.study.results_csv import GATES, RESULTS, read_results
-from infini_ds.study.run_folder import check_definition, evaluation_folder, model_folder
+from infini_ds.study.run_folder import DEFINITION, check_definition, definition, evaluation_folder, model_folder
 from infini_ds.study.study_config import load_study
 from infini_ds.utils.errors import UserError
 
@@ -38,7 +38,8 @@ def test_finished_commands_are_skipped(trained):
         assert execute_run(trained.commands, run, trained.children, {}) is None
     assert len(trained.children.called) == before
     assert not trained.commands.is_done(trained.runs[-1])
-    other = replace(trained.study, evaluation=replace(trained.study.evaluation, options={"rows": 1}))
+    evaluation = trained.study.evaluation.model_copy(update={"options": {"rows": 1}})
+    other = trained.study.model_copy(update={"evaluation": evaluation})
     assert not StudyCommands(other, trained.commands.scripts).is_done(trained.runs[0]), "evaluated with other options"
 
 
@@ -49,6 +50,21 @@ def test_a_changed_study_under_the_same_name_is_refused(trained):
     changed = expand(load_study(file, ["recipe.optimizer.learning_rate=0.5"]))
     with pytest.raises(UserError, match=r"optimizer.learning_rate=0.5, but .* was begun with 0.001: .* another name="):
         check_definition(changed[0])
+
+
+def test_a_run_of_an_earlier_version_resumes_or_is_refused(trained, tmp_path):
+    """Keys had other names, or did not exist yet; a key that no longer exists is an error."""
+    run = trained.runs[0]
+    now = definition(run)
+    earlier = {"guard.skipped_in_a_row": now["recipe"].pop("stability.max_consecutive_skips")}
+    assert now["recipe"].pop("timeout_minutes") == 30.0  # the default
+    moved = replace(run, recipe=run.recipe.model_copy(update={"output": str(tmp_path)}))
+    moved.folder.mkdir()
+    (moved.folder / DEFINITION).write_text(json.dumps(now | {"recipe": now["recipe"] | earlier}))
+    check_definition(moved)
+    (moved.folder / DEFINITION).write_text(json.dumps(now | {"recipe": now["recipe"] | {"schedule.shape": "cosine"}}))
+    with pytest.raises(UserError, match=r"unknown key schedule.shape in .*: this run was begun with another version"):
+        check_definition(moved)
 
 
 def test_fine_tuning_begins_where_the_plain_model_ended(trained):

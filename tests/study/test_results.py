@@ -4,12 +4,14 @@ import csv
 import math
 
 import pytest
+from harness import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.config.recipe import load_recipe
-from infini_ds.study.collect import evaluation_values
+from infini_ds.study.collect import evaluation_values, gate_curves
+from infini_ds.study.grid import expand
 from infini_ds.study.results import (
     Measurement,
     RunInfo,
@@ -20,6 +22,7 @@ from infini_ds.study.results import (
     group_by_cell,
 )
 from infini_ds.study.results_csv import GATES, RESULTS, read_results, write_results
+from infini_ds.study.study_config import load_study
 
 
 def run_info(seed: int = 0, **fields) -> RunInfo:
@@ -51,6 +54,16 @@ def test_gate_movement(until, half):
     assert moved.net_change == pytest.approx(0.02 * until) and moved.path_length == pytest.approx(0.02 * until)
     assert moved.first_half_of_path == pytest.approx(half) and moved.max_change == pytest.approx(1.0)
     assert moved.first_half_of_learning_rate == pytest.approx(0.5)
+
+
+def test_gate_curves_begin_where_the_earlier_run_ended(monkeypatch):
+    """Or at gate_init, if there is no earlier run."""
+    monkeypatch.chdir(ROOT)
+    run = expand(load_study("launch/studies/small.yaml", ["recipe.model.gate_init=2.0"]))[0]
+    metrics = [{"step": 5, "gate/layer_0/head_1": 0.8, "train/loss": 3.0}, {"step": 10, "gate/layer_0/head_1": 0.9}]
+    start = RunResult(run_info(), (), {(0, 1): [(0, 0.5), (8, 0.7)]})
+    assert gate_curves(run, metrics, start) == {(0, 1): [(0, 0.7), (5, 0.8), (10, 0.9)]}
+    assert gate_curves(run, metrics, None)[0, 1][0] == (0, pytest.approx(1 / (1 + math.exp(-2.0))))
 
 
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=4))
