@@ -157,6 +157,8 @@ class ShardStream(Stream):
         https://github.com/mosaicml/streaming/issues/868
         """
         file = os.path.join(self.local, self.split, to_basename or from_basename)
+        if self.remote_folder is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
         private = private_name(file)
         attempt = retry(clean_up_fn=self._downloader.clean_up, num_attempts=self.download_retry)
         attempt(lambda: self._downloader.download(f"{self.remote_folder}/{self.split}/{from_basename}", private))()
