@@ -9,7 +9,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
 
 plt.rcParams.update(
     {
@@ -188,31 +187,5 @@ def gates(metrics: list[dict], file: Path) -> None:
     figure.supylabel("gate: share of the memory", fontsize=10)
     figure.suptitle("Gates, a line for each head", fontsize=12)
     figure.tight_layout()
-    figure.savefig(file)
-    plt.close(figure)
-
-
-def speed_and_memory(cases: dict[tuple[int, str], dict], file: Path) -> None:
-    """Tokens a second, and peak memory above the model's own, against the length of a row; a line for each contender.
-
-    `cases`: (tokens, contender) -> figures, from `infini_ds.benchmarks.measure.summarize`.
-    """
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4.5))
-    contenders = list(dict.fromkeys(contender for _, contender in cases))
-    for contender in contenders:
-        lines = [(tokens, case) for (tokens, name), case in cases.items() if name == contender and "failed" not in case]
-        lengths = [tokens for tokens, _ in lines]
-        style = {"marker": "o", "markersize": 4, "linestyle": "-" if contender.startswith("infini:") else "--"}
-        speed.plot(lengths, [case["tokens_per_s"] for _, case in lines], label=contender, **style)
-        memory.plot(lengths, [case["peak_memory"] / 2**20 for _, case in lines], **style)
-    for axes, label in ((speed, "tokens a second"), (memory, "peak memory above the model (MiB)")):
-        axes.set(yscale="log", xlabel="tokens of a row", ylabel=label)
-        axes.set_xscale("log", base=2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    figure.legend(loc="lower center", ncols=len(contenders), fontsize=9)
-    figure.suptitle("A training step", fontsize=12)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(file)
     plt.close(figure)

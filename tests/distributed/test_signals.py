@@ -144,7 +144,7 @@ def test_two_ranks_stop_and_fail_together_however_they_were_started(start, shard
     job.wait_for_steps(5)
     job.signal_all(signal.SIGINT)
     assert job.end() == 1  # torchrun's own
-    assert "going on from" in job.output and "stopped by SIGINT at step" in job.output, job.output
+    assert "resumed from" in job.output and "stopped by SIGINT at step" in job.output, job.output
     saved = len(recorded(job.run, "train/loss"))
 
     job = start("held")
