@@ -41,6 +41,6 @@ def fitting_block(work: Workload, sharding: ZeroSharding, environment: DistEnv) 
         checkpointing = "" if work.checkpointing else ", set model.gradient_checkpointing=true"
         raise UserError(
             f"model.segments_per_block=auto: even blocks of one segment need {least / 2**30:.1f} GiB, and a rank has "
-            f"{limit / 2**30:.1f} GiB: lower batch.micro_rows={work.rows}{checkpointing}, or plan the run to see what fits"
+            f"{limit / 2**30:.1f} GiB: lower batch.micro_rows={work.rows}{checkpointing}, or plan the run first"
         )
     return segments

@@ -27,7 +27,7 @@ def losses(run: Path) -> list[float]:
 
 
 def kill(processes) -> str:
-    """Send SIGKILL to all processes of the job, workers included; the next start removes what they leave in shared memory.
+    """Send SIGKILL to all processes of the job and their workers; the next start removes their shared memory.
 
     Returns the output of the first rank.
     """
@@ -47,7 +47,7 @@ def wait_until(processes, condition) -> None:
 
 
 def recorded(run: Path, since: int) -> int:
-    """Return the number of steps in the metrics, once a job started at `since` (ns) has removed those that it repeats."""
+    """Return the number of recorded steps, once a job started at `since` (ns) has removed those that it repeats."""
     file = run / "metrics.jsonl"
     return len(losses(run)) if file.exists() and file.stat().st_mtime_ns > since else 0
 
