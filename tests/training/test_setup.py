@@ -44,7 +44,7 @@ def test_a_complete_run_has_nothing_to_do(runs, shards):
         ("new", ["model.config.vocab_size=100"], ["100 embeddings", "512", "--tokenizer"]),
         ("new", ["model.start_from=/nowhere"], ["model.start_from=/nowhere"]),
         ("new", ["model.segment_length=0"], ["segment_length=0"]),
-        ("new", ["model.truncate_blocks=0"], ["truncate_blocks=0", "at least 1 or null"]),
+        ("new", ["model.truncate_blocks=0"], ["model.truncate_blocks=0", "at least 1 or null"]),
         ("new", ["model.attention=flash"], ["model.attention=flash", "sdpa"]),
         ("new", ["model.attention=flex_attention"], ["model.attention=flex_attention", "model.attention=sdpa"]),
         ("new", ["data.path=/nowhere"], ["/nowhere", "python -m data_prep"]),
