@@ -1,4 +1,4 @@
-"""Prompts for `generate()`."""
+"""Inputs for `generate()`."""
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ def bound_prompts(model: InfiniGPTNeoForCausalLM) -> None:
     model.config.segments_per_block = max(1, TOKENS_AT_ONCE // model.config.segment_length)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, model: InfiniGPTNeoForCausalLM, text: str) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (1, T) of a prompt that begins a document, as all documents in training do."""
+def prompt_inputs(tokenizer: PreTrainedTokenizerBase, model: InfiniGPTNeoForCausalLM, text: str) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask`, both (1, T), of a prompt that begins a document.
+
+    The start token is added because every document in training begins with it.
+    """
     start = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
     ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     input_ids = torch.tensor([ids], device=model.device)
