@@ -75,7 +75,7 @@ class Stability:
         Args:
             share: this rank's part of the mean loss. predicted: tokens of the whole batch that the loss is taken over.
         """
-        mine = torch.stack([share.double(), predicted.double(), predicted.new_tensor(stop.told).double()])
+        mine = torch.stack([share.double(), predicted.double(), predicted.new_tensor(stop.received).double()])
         table = [torch.empty_like(mine) for _ in range(self.run.shape.world_size)]
         dist.all_gather(table, mine)
         shares, (tokens, *_), told = torch.stack(table).t().tolist()

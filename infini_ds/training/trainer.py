@@ -21,7 +21,7 @@ from infini_ds.utils.rng import get_rng_states
 def train(run: Training, stop: GracefulShutdown | None = None) -> bool:
     """Train from where the run stands to its last step, or until `stop`; returns whether the last step is made."""
     stop = stop or GracefulShutdown()
-    stop.at_work = True
+    stop.can_save = True
     guard, steps = Stability(run), run.recipe.steps
     bar = ProgressBar("training", steps, run.state.step, shown=run.process.is_first)
     with closing(run.claim) if run.claim else nullcontext(), bar as progress:

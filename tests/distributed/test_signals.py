@@ -151,7 +151,7 @@ def test_two_ranks_stop_and_fail_together_however_they_were_started(start, shard
     job.wait_for_steps(5)
     job.rank(1).kill()
     assert job.end(30.0) == 256 - signal.SIGKILL
-    assert job.output.count("error on rank 0: lost contact to rank 1 (") == 1
+    assert job.output.count("error on rank 0: lost contact with rank 1 (") == 1
     assert "Traceback" not in job.output, job.output
 
     pretrain(shards, tmp_path, "alone", *CHOICES, f"steps={saved}")
@@ -191,6 +191,6 @@ def test_a_rank_that_hangs_holds_the_others_no_longer_than_they_are_told(by, sha
     finally:
         hangs.kill()
     if by == "time":
-        assert first.returncode == 1 and "error on rank 0: lost contact to rank 1 (" in output, output
+        assert first.returncode == 1 and "error on rank 0: lost contact with rank 1 (" in output, output
     else:
         assert first.returncode == 130 and "stopped by" not in output, output

@@ -159,5 +159,5 @@ def test_ranks_meet_or_are_missed(tmp_path):
     ]
     first, second = (process.communicate(timeout=60)[0] for process in alone)
     assert [process.returncode for process in alone] == [1, 1]
-    assert "problem ranks         rank 1 of 2 did not come to 127.0.0.1" in first and "Traceback" not in first
+    assert "problem ranks         rank 1 of 2 did not reach 127.0.0.1" in first and "Traceback" not in first
     assert "cannot be reached from" in second and "Traceback" not in second

@@ -184,7 +184,7 @@ def test_a_rank_that_dies_ends_the_job(submit):
     assert job.end() == "FAILED"
     say(f"{time.monotonic() - killed:.0f} s after the kill")
     job.show()
-    assert "error on rank 0: lost contact to rank 1" in job.logs()
+    assert "error on rank 0: lost contact with rank 1" in job.logs()
 
 
 def _is_rank(process: psutil.Process, job: str, rank: str) -> bool:
