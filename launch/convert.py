@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("source", nargs="?", help="a run or one of its checkpoints")
     parser.add_argument("--from-gpt-neo", metavar="FOLDER", help="folder or hub name of a GPT-Neo model")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--max-shard-size", default="2GB", help="size limit of a safetensors file (default: %(default)s)")
+    parser.add_argument("--max-shard-size", default="2GB", help="limit of a safetensors file (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the exported weights (default: float32)")
     parser.add_argument("--segment-length", type=int, help="tokens in a segment, with --from-gpt-neo (default: 128)")
     parser.add_argument("--gates", choices=GATES, help="initial gates, with --from-gpt-neo (default: closed)")

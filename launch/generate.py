@@ -37,8 +37,8 @@ def main() -> None:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
     prompts = read_prompts(args)
     location = locate(args.model)
-    tokenizer, model = load_tokenizer(location), load_model(location)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(location)
+    model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
     bound_prompts(model)
     torch.manual_seed(args.seed)
     sampling: dict[str, Any] = {"do_sample": args.temperature > 0}
@@ -49,7 +49,7 @@ def main() -> None:
             **prompt_inputs(tokenizer, model, prompt),
             max_new_tokens=args.max_new_tokens,
             use_memory=not args.memory_off,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
             **sampling,
         )
 

@@ -14,9 +14,7 @@ from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
 
 
-def export(
-    location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32
-) -> None:
+def export(location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
@@ -27,7 +25,7 @@ def export(
     if location.checkpoint is None or location.run is None:
         raise UserError(f"{location.path} is already in Hugging Face format: give a run or a checkpoint")
     card = card_of_checkpoint(location.checkpoint, location.run)
-    write_folder(load_model(location).to(dtype), location.tokenizer_folder, out, card, max_shard_size)
+    write_folder(load_model(location, dtype), location.tokenizer_folder, out, card, max_shard_size)
 
 
 def write_folder(

@@ -63,25 +63,27 @@ def locate(path: str | Path) -> ModelLocation:
     )
 
 
-def load_model(location: ModelLocation) -> InfiniGPTNeoForCausalLM:
-    """Return the model in fp32, in evaluation mode.
+def load_model(
+    location: ModelLocation, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> InfiniGPTNeoForCausalLM:
+    """Return the model in evaluation mode.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
     disable_progress_bar()
     if location.checkpoint is None:
-        return InfiniGPTNeoForCausalLM.from_pretrained(location.path, dtype=torch.float32).eval()
-    if damage := find_damage(location.checkpoint):
-        raise UserError(
-            f"{location.checkpoint} is damaged: {'; '.join(damage)}; give another checkpoint of {location.run}"
-        )
-    from infini_ds.conversion.zero import full_weights  # imports DeepSpeed, which an exported folder does not need
+        model = InfiniGPTNeoForCausalLM.from_pretrained(location.path, dtype=torch.float32)
+    else:
+        if damage := find_damage(location.checkpoint):
+            raise UserError(
+                f"{location.checkpoint} is damaged: {'; '.join(damage)}; give another checkpoint of {location.run}"
+            )
+        from infini_ds.conversion.zero import full_weights  # imports DeepSpeed, which an exported folder does not need
 
-    config = InfiniGPTNeoConfig.from_pretrained(location.checkpoint)
-    model = InfiniGPTNeoForCausalLM(config)
-    model.load_state_dict(full_weights(location.checkpoint))
-    return model.eval()
+        model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig.from_pretrained(location.checkpoint))
+        model.load_state_dict(full_weights(location.checkpoint))
+    return model.eval().to(device=device, dtype=dtype)
 
 
 def load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:

@@ -1,7 +1,8 @@
 """Inputs for `generate()`."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from infini_ds.model import InfiniGPTNeoForCausalLM
@@ -14,7 +15,7 @@ def bound_prompts(model: InfiniGPTNeoForCausalLM) -> None:
     model.config.segments_per_block = max(1, TOKENS_AT_ONCE // model.config.segment_length)
 
 
-def prompt_inputs(tokenizer: PreTrainedTokenizerBase, model: InfiniGPTNeoForCausalLM, text: str) -> dict[str, Tensor]:
+def prompt_inputs(tokenizer: PreTrainedTokenizerBase, model: InfiniGPTNeoForCausalLM, text: str) -> dict[str, Any]:
     """Return `input_ids` and `attention_mask`, both (1, T), of a prompt that begins a document.
 
     The start token is added because every document in training begins with it.

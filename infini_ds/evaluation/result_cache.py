@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import infini_ds
 from infini_ds.distributed import collectives
-from infini_ds.evaluation.serialization import from_json, to_json
+from infini_ds.evaluation.serialization import from_json
 from infini_ds.utils.atomic import write_json_atomic
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.hashing import sha256_of_json
@@ -67,14 +67,13 @@ class ResultCache:
 
     def _finished(self, options: Mapping[str, Options], result_type: type[T]) -> dict[str, T]:
         """Return the parts that earlier calls have finished, the same on every rank."""
-        stored = self._read() if collectives.is_rank_zero() else {}
+        stored = collectives.broadcast_from_rank_zero(self._read)
         keys = {name: self._key(name, options[name]) for name in options}
-        found = {name: stored[key]["result"] for name, key in keys.items() if key in stored}
-        return {name: from_json(result_type, result) for name, result in broadcast(found).items()}
+        return {name: from_json(result_type, stored[key]["result"]) for name, key in keys.items() if key in stored}
 
-    def _store(self, name: str, options: Options, result: object) -> None:
+    def _store(self, name: str, options: Options, result: Any) -> None:
         if collectives.is_rank_zero():
-            parts = self._read() | {self._key(name, options): {"part": name, "result": to_json(result)}}
+            parts = self._read() | {self._key(name, options): {"part": name, "result": asdict(result)}}
             write_json(self.folder / CACHE_FILE, parts)
 
     def _key(self, name: str, options: Options) -> str:
@@ -85,13 +84,6 @@ class ResultCache:
     def _read(self) -> dict[str, Any]:
         file = self.folder / CACHE_FILE
         return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def broadcast(value: dict[str, Any]) -> dict[str, Any]:
-    """Return rank 0's value."""
-    received = collectives.broadcast_object(value)
-    assert received is not None
-    return received
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Dataclasses of results as JSON, and back."""
+"""Read dataclasses from the JSON that `dataclasses.asdict` gives."""
 
 from typing import Any, TypeVar
 
@@ -7,13 +7,8 @@ from pydantic import TypeAdapter
 T = TypeVar("T")
 
 
-def to_json(value: object) -> dict[str, Any]:
-    """Return the JSON form of a dataclass. Fields that have a default are left out where they are equal to it."""
-    return TypeAdapter(type(value)).dump_python(value, exclude_defaults=True)
-
-
 def from_json(kind: type[T], content: dict[str, Any]) -> T:
-    """Return the dataclass `kind` that has this JSON form. Keys that are not its fields are ignored.
+    """Return the dataclass `kind` whose `asdict` is `content`. Keys that are not its fields are ignored.
 
     Raises:
         pydantic.ValidationError: a field is missing, or its value has another type.

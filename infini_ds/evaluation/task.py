@@ -53,6 +53,14 @@ class TidyRow(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What a result records of its data: where they are, and a SHA-256 of all that was used of them."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class TaskResult(ABC):
     """What a task measured. Its fields are the keys of the task's entry in evaluation.json."""
 
@@ -89,7 +97,7 @@ class EvaluationTask(ABC, Generic[R]):
     help: ClassVar[str]  # what it measures, in one line
     result_type: type[R]
 
-    def add_arguments(self, parser: argparse._ArgumentGroup) -> None:  # noqa: B027, not every task has options
+    def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
         """Add the task's own options. Their names have to differ from those of all other tasks."""
 
     @abstractmethod
@@ -108,7 +116,7 @@ class EvaluationTask(ABC, Generic[R]):
     def table(self, result: R) -> RenderableType:
         """Return what the terminal shows."""
 
-    def plot(self, result: R, folder: Path) -> None:  # noqa: B027, not every task has a plot
+    def plot(self, result: R, folder: Path) -> None:
         """Write plots of the result to `folder`."""
 
 
