@@ -33,7 +33,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 
 def format_card(name: str, config: InfiniGPTNeoConfig, origin: str) -> str:
-    """Return the card of a model. `origin` is Markdown that says where its weights come from."""
+    """Return the card of a model. `origin`: Markdown on where its weights come from."""
     return CARD.format(
         name=name,
         segment_length=config.segment_length,

@@ -1,7 +1,7 @@
 """What an evaluation task is, and the registry of tasks.
 
-A task is one file in `infini_ds/evaluation/tasks/`. launch/evaluate.py builds its options, its help text and its
-dispatch from the registry, and a study its table of results, so a new task changes no other file:
+A task is one file in `infini_ds/evaluation/tasks/`. The command line builds its options, its help text and its dispatch
+from the registry, and a study its table of results, so a new task changes no other file:
 
     @dataclass(frozen=True)
     class WordsResult(TaskResult):

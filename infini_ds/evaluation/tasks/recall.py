@@ -118,7 +118,7 @@ def mean_accuracy(result: RecallResult) -> float:
 @register_task
 class Recall(EvaluationTask[RecallResult]):
     name = "recall"
-    help = "answers by the number of segments between fact and question, in the same three settings of the memory"
+    help = "accuracy by segments between fact and question, with the memory on, off, and that of another document"
     result_type = RecallResult
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
