@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from infini_ds.checkpoint.manifest import sha256_of
 from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.study.commands import evaluation_folder, read_evaluation
 from infini_ds.study.grid import Run
+from infini_ds.utils.hashing import sha256_of_file
 
 GATE = re.compile(r"gate/layer_(\d+)/head_(\d+)")
 
@@ -112,7 +112,7 @@ class Result:
     @property
     def model_sha256(self) -> str:
         evaluation = self.evaluations.get(self.run.recipe.steps)
-        return evaluation["model"]["sha256"] if evaluation else sha256_of(self.run.export / "model.safetensors")
+        return evaluation["model"]["sha256"] if evaluation else sha256_of_file(self.run.export / "model.safetensors")
 
     @cached_property
     def data(self) -> dict:

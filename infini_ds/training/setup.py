@@ -20,10 +20,12 @@ from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
 from infini_ds.data.sources import Source, check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
 from infini_ds.distributed.environment import DistEnv
+from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
 from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
 from infini_ds.training.model_builder import build_model, fitting_block
+from infini_ds.training.universal_loading import DeepSpeedCheckpoints
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
 from infini_ds.utils.run_lock import acquire_run_lock
@@ -140,7 +142,9 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     engine = build_engine(model, recipe, ds_config)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     if newest:
-        _, data_state = checkpoints.load(engine, newest)
+        _, data_state = checkpoints.load(
+            DeepSpeedCheckpoints(engine), newest, ParallelDims(process.world_size, process.rank)
+        )
         stream.load_state_dict(data_state)
     return Training(
         recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest, held

@@ -17,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infini_ds.checkpoint import manager as checkpoints
-from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, fsync_dir, read_manifest
+from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
 from infini_ds.data.batches import blank_rows
+from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.setup import Training
+from infini_ds.training.universal_loading import DeepSpeedCheckpoints
+from infini_ds.utils.atomic import fsync_dir
 from infini_ds.utils.errors import UserError
 
 SKIPPED = "skipped.jsonl"  # each step that was skipped: why, on which ranks, and its row numbers
@@ -155,7 +158,9 @@ class Stability:
         dist.barrier()
         self._went_back.append(line)
         self._recent.clear()
-        run.state, data_state = checkpoints.load(run.engine, target)
+        run.state, data_state = checkpoints.load(
+            DeepSpeedCheckpoints(run.engine), target, ParallelDims(run.process.world_size, run.process.rank)
+        )
         run.stream = run.stream.at(data_state)
         run.resumed_from = target
         return (

@@ -8,11 +8,13 @@ import torch.distributed as dist
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.data.batches import micro_batches, predicted_tokens
+from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.training.gradient_check import check_gradients
 from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.setup import Training
 from infini_ds.training.stability import RollbackReason, Stability, StepDecision
+from infini_ds.training.universal_loading import DeepSpeedCheckpoints
 from infini_ds.training.validation import position_losses
 from infini_ds.utils.progress import ProgressBar
 from infini_ds.utils.rng import get_rng_states
@@ -65,7 +67,9 @@ def make_steps(run: Training, guard: Stability, progress: ProgressBar, stop: Gra
             if due or last or stop.agreed:
                 with recorder.paused():
                     data_state = run.stream.state_dict()
-                    folder = checkpoints.save(run.engine, recipe.folder, state, data_state, recipe.checkpoint)
+                    dims = ParallelDims(run.process.world_size, run.process.rank)
+                    engine = DeepSpeedCheckpoints(run.engine)
+                    folder = checkpoints.save(engine, recipe.folder, state, data_state, recipe.checkpoint, dims)
                 guard.checkpoint_stands = True
                 progress.say(f"step {state.step}: checkpoint in {folder}")
     return trouble

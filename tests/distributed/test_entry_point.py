@@ -12,11 +12,10 @@ from infini_ds.distributed.entry_point import run_main
 from infini_ds.utils.errors import UserError
 
 def main():
-    kind, ranks = sys.argv[1:]
-    rank = os.environ.get("RANK", "0")
-    if "WORLD_SIZE" in os.environ:
+    kind, failing = sys.argv[1:]
+    if failing == "1":
         torch.distributed.init_process_group("gloo")
-    if rank in ranks:
+    if os.environ["RANK"] in failing:
         if kind == "UserError":
             raise UserError("steps=0: give steps=1 or more")
         numpy.zeros(3) + numpy.zeros(4)

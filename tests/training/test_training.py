@@ -166,7 +166,7 @@ def test_full_disk_gets_a_sentence(shards, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", full], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written .* MiB are free: make room"):
+        with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written .* MiB are free: free some space"):
             pretrain(shards, full, "run")
         assert not complete_checkpoints(full / "run")
     finally:
