@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.distributed.entry_point import run_main
-from infini_ds.evaluation.generation import bound_prompts, prompt_inputs
+from infini_ds.evaluation.generation import prompt_inputs
 from infini_ds.utils.errors import UserError
 
 
@@ -39,7 +39,6 @@ def main() -> None:
     location = locate(args.model)
     tokenizer = load_tokenizer(location)
     model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
-    bound_prompts(model)
     torch.manual_seed(args.seed)
     sampling: dict[str, Any] = {"do_sample": args.temperature > 0}
     if args.temperature > 0:

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding, largest_block
 from infini_ds.utils.errors import UserError
 
@@ -66,14 +66,15 @@ def build(name: str, shape: Shape, tokens: int, device: torch.device) -> tuple[n
 
 def _infini(shape: Shape, tokens: int, block: str, device: torch.device):
     """G segments a block: recomputed in the backward pass, but for "all", where all activations are kept."""
-    config = shape.config()
+    config, segments = shape.config(), None
     if block == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         work = Workload(config, 1, tokens, shape.precision, packed=False, checkpointing=True)
-        config.segments_per_block = largest_block(work, ZeroSharding(ranks=1), free)
+        segments = largest_block(work, ZeroSharding(ranks=1), free)
     elif block != "all":
-        config.segments_per_block = int(block)
+        segments = int(block)
     model = InfiniGPTNeoForCausalLM(config)
+    model.block_schedule = BlockSchedule(segments_per_block=segments)
     if block != "all":
         model.gradient_checkpointing_enable()
     if shape.compiled:
@@ -106,7 +107,7 @@ def _infini_transformer(shape: Shape, tokens: int):
         depth=shape.layers,
         heads=shape.heads,
         dim_head=shape.width // shape.heads,
-        use_mem_delta_rule=shape.rule != "linear",
+        use_mem_delta_rule=shape.rule in ("delta", "delta_paper"),
     )
     wrapper = InfiniTransformerWrapper(model, segment_length=shape.segment_length, detach_mems_every_num_segments=10**9)
     return wrapper, lambda model, ids: model(ids)

@@ -85,7 +85,7 @@ def training(contender: str, tokens: int, steps: int, shape: Shape, device: torc
         flops = training_flops_per_token(shape.config())
         result |= {
             "mfu": speed * flops / result["matrix_flops"],
-            "segments_per_block": model.config.segments_per_block,
+            "segments_per_block": model.block_schedule.segments_per_block,
             "bound_tokens_per_s": result["matrix_flops"] / flops,
         }
     return result

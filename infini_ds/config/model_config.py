@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.manifest import Manifest
 from infini_ds.config.recipe import Recipe
-from infini_ds.model import InfiniGPTNeoConfig
+from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
 
@@ -17,8 +17,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfig:
     """The model's configuration: the preset, the recipe's overrides, the data's vocabulary.
 
-    Without a manifest, since the data is not there yet, the vocabulary is the preset's or the folder's. For
-    `segments_per_block: auto` see `fitting_block`; here it is None.
+    Without a manifest, since the data is not there yet, the vocabulary is the preset's or the folder's.
 
     Raises:
         UserError: unknown preset or field, an impossible value, or fewer embeddings than the data has tokens.
@@ -26,8 +25,6 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
     chosen = recipe.model
     fields = ("segment_length", "memory_rule", "position_embedding", "gate_init")
     given = {name: getattr(chosen, name) for name in fields if getattr(chosen, name) is not None}
-    schedule = {name: getattr(chosen, name) for name in ("checkpoint_layers", "offload_states", "truncate_blocks")}
-    schedule["segments_per_block"] = None if chosen.segments_per_block == "auto" else chosen.segments_per_block
     if chosen.start_from is not None:
         check_start(Path(chosen.start_from))
         if chosen.config:
@@ -41,7 +38,7 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
                     f"model.{key}={getattr(chosen, key)} is decided by the weights of model.start_from="
                     f"{chosen.start_from}: leave it out"
                 )
-        config = _checked(InfiniGPTNeoConfig.from_pretrained, chosen.start_from, **given, **schedule)
+        config = _checked(InfiniGPTNeoConfig.from_pretrained, chosen.start_from, **given)
     else:
         _check_fields(chosen.config)
         tokens = {}
@@ -49,7 +46,7 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
             data = manifest.tokenizer
             tokens = {"vocab_size": data.vocab_size, "bos_token_id": data.start_id, "pad_token_id": data.pad_id}
             tokens["eos_token_id"] = data.start_id  # a document ends where the next one starts
-        config = _checked(preset_config, chosen.preset, **(tokens | given | schedule | chosen.config))
+        config = _checked(preset_config, chosen.preset, **(tokens | given | chosen.config))
     config._attn_implementation = chosen.attention
     if chosen.attention == "flex_attention" and config.attention_dropout:
         raise UserError(
@@ -62,6 +59,24 @@ def model_config(recipe: Recipe, manifest: Manifest | None) -> InfiniGPTNeoConfi
             f"{manifest.tokenizer.vocab_size} tokens: prepare the data with the model's own tokenizer (--tokenizer)"
         )
     return config
+
+
+def block_schedule(recipe: Recipe) -> BlockSchedule:
+    """Return the recipe's block schedule; `segments_per_block: auto` is None until the memory estimate resolves it.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    chosen = recipe.model
+    try:
+        return BlockSchedule(
+            segments_per_block=None if isinstance(chosen.segments_per_block, str) else chosen.segments_per_block,
+            checkpoint_layers=chosen.checkpoint_layers,
+            offload_states=chosen.offload_states,
+            truncate_blocks=chosen.truncate_blocks,
+        )
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
 
 
 def _checked(make: Callable[..., InfiniGPTNeoConfig], *args, **fields) -> InfiniGPTNeoConfig:

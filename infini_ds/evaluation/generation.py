@@ -7,13 +7,6 @@ from transformers import PreTrainedTokenizerBase
 
 from infini_ds.model import InfiniGPTNeoForCausalLM
 
-TOKENS_AT_ONCE = 16_384  # of a long prompt, so that its activations fit
-
-
-def bound_prompts(model: InfiniGPTNeoForCausalLM) -> None:
-    """Let the model read long prompts in blocks, so that a prompt of any length fits in memory."""
-    model.config.segments_per_block = max(1, TOKENS_AT_ONCE // model.config.segment_length)
-
 
 def prompt_inputs(tokenizer: PreTrainedTokenizerBase, model: InfiniGPTNeoForCausalLM, text: str) -> dict[str, Any]:
     """Return `input_ids` and `attention_mask`, both (1, T), of a prompt that begins a document.

@@ -13,14 +13,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
-from infini_ds.evaluation.generation import bound_prompts
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
 
 # Fields of a configuration that do not change what the model computes. They differ between a checkpoint and its export.
-BOOKKEEPING = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-SCHEDULE = ("segments_per_block", "checkpoint_layers", "offload_states", "truncate_blocks", "use_cache")
-NOT_HASHED = BOOKKEEPING + SCHEDULE
+NOT_HASHED = (
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ def load_evaluated_model(name: str, device: torch.device) -> EvaluatedModel:
         results_folder = (run or location.path) / "evaluation"
         if location.path == location.checkpoint:
             results_folder = results_folder / location.checkpoint.name
-        bound_prompts(model)
     return EvaluatedModel(name, model.eval().to(device), tokenizer, run, results_folder, model_sha256(model))
 
 

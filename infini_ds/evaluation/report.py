@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from infini_ds.checkpoint.manifest import read_manifest
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
-from infini_ds.evaluation.generation import bound_prompts, prompt_inputs
+from infini_ds.evaluation.generation import prompt_inputs
 from infini_ds.evaluation.plots import plot_gates, plot_loss_by_position, plot_loss_curves
 from infini_ds.evaluation.tasks.position import bin_means, sources_of_run
 from infini_ds.metrics.metric_writers import read_metrics
@@ -71,7 +71,6 @@ def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
     state = read_manifest(location.checkpoint).state
     tokenizer = load_tokenizer(location)
     model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
-    bound_prompts(model)
     validation = ValidationRows(sources)
     rows = min(rows or len(validation), len(validation))
     with ProgressBar("evaluating", 2 * rows) as progress:

@@ -2,18 +2,23 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .block_schedule import BlockSchedule
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
 from .memory import MemoryState
+from .memory_rule import MemoryRule, register_memory_rule
 from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification, InfiniGPTNeoModel
 
 __all__ = [
+    "BlockSchedule",
     "InfiniCache",
     "InfiniGPTNeoConfig",
     "InfiniGPTNeoForCausalLM",
     "InfiniGPTNeoForSequenceClassification",
     "InfiniGPTNeoModel",
+    "MemoryRule",
     "MemoryState",
+    "register_memory_rule",
 ]
 
 AutoConfig.register(InfiniGPTNeoConfig.model_type, InfiniGPTNeoConfig)

@@ -1,12 +1,22 @@
 """Configuration of Infini-GPT-Neo: GPT-Neo's fields and those of the compressive memory."""
 
+import dataclasses
 import inspect
 import math
 
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
-MEMORY_RULES = ("linear", "delta", "delta_paper")
+from .block_schedule import BlockSchedule
+from .memory import MemoryState  # noqa: F401  the rules need it, and transformers 4 copies direct imports alone
+from .memory_rule import get_memory_rule
+
+# isort: split
+# Each memory rule registers itself when its file is imported.
+from .delta_rule import DeltaRule  # noqa: F401
+from .linear_rule import LinearRule  # noqa: F401
+
 POSITION_EMBEDDINGS = ("segment", "rotary")
+SCHEDULE_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockSchedule))
 
 
 class InfiniGPTNeoConfig(GPTNeoConfig):
@@ -15,18 +25,11 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     Args:
         segment_length: tokens in a segment (S): local attention reaches back to the start of its segment, the memory
             holds all earlier segments.
-        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 4), "delta" (eq. 5,
-            normalized so that it stays bounded whatever the lengths of segments) or "delta_paper" (eq. 5 as published).
-        segments_per_block: segments that are computed at once, an integer, or None for all of the sequence. With
-            gradient checkpointing, activations are kept for one block only. Never changes the result.
+        memory_rule: name of a registered `MemoryRule`, which writes and reads the memory: "linear" (Munkhdalai et al.
+            2024, eq. 4), "delta" (eq. 5, normalized so that it stays bounded whatever the lengths of segments),
+            "delta_paper" (eq. 5 as published).
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":
             rotary positions in local attention, none in the memory.
-        checkpoint_layers: recompute each layer in the backward pass, so that activations of one layer of a block are
-            kept at a time. Never changes the result. With gradient checkpointing as well, each layer is computed three
-            times forwards.
-        offload_states: with gradient checkpointing, keep the memory before each block on the CPU until the backward
-            pass. Never changes the result.
-        truncate_blocks: cut gradients through the memory before every so many blocks; None: never, they are exact.
         gate_init: start of each head's gate beta; sigmoid(beta) is the share of the memory in the head's output.
         rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
 
@@ -40,10 +43,6 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self,
         segment_length: int = 128,
         memory_rule: str = "linear",
-        segments_per_block: int | None = None,
-        checkpoint_layers: bool = False,
-        offload_states: bool = False,
-        truncate_blocks: int | None = None,
         position_embedding: str = "segment",
         gate_init: float = 0.0,
         rotary_base: float = 10000.0,
@@ -51,13 +50,10 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     ):
         self.segment_length = segment_length
         self.memory_rule = memory_rule
-        self.segments_per_block = segments_per_block
-        self.checkpoint_layers = checkpoint_layers
-        self.offload_states = offload_states
-        self.truncate_blocks = truncate_blocks
         self.position_embedding = position_embedding
         self.gate_init = gate_init
         self.rotary_base = rotary_base
+        _reject_schedule(kwargs)
         for name in ("hidden_size", "num_layers", "num_heads", "window_size"):  # transformers divides by some of them
             if kwargs.get(name, 1) < 1:
                 raise ValueError(f"{name}={kwargs[name]} must be at least 1")
@@ -67,8 +63,11 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         # `from_pretrained(path, segment_length=...)`: transformers would set it after the check of the default.
+        _reject_schedule(kwargs)
         given = {name: kwargs.pop(name) for name in inspect.signature(cls.__init__).parameters if name in kwargs}
-        return super().from_dict(config_dict | given, **kwargs)
+        # Files of earlier versions hold the block schedule, which does not change what the model computes.
+        fields = {name: value for name, value in config_dict.items() if name not in SCHEDULE_FIELDS}
+        return super().from_dict(fields | given, **kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -81,16 +80,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     def _check(self):
         if self.segment_length < 1:
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
-        if self.segments_per_block is not None and self.segments_per_block < 1:
-            raise ValueError(
-                f"segments_per_block={self.segments_per_block} must be at least 1, or None for all segments at once"
-            )
-        if self.truncate_blocks is not None and self.truncate_blocks < 1:
-            raise ValueError(f"truncate_blocks={self.truncate_blocks} must be at least 1, or None for exact gradients")
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init} must be a finite number, such as 0 for half of the memory")
-        if self.memory_rule not in MEMORY_RULES:
-            raise ValueError(f"memory_rule={self.memory_rule!r} is not one of {', '.join(MEMORY_RULES)}")
+        get_memory_rule(self.memory_rule)
         if self.position_embedding not in POSITION_EMBEDDINGS:
             raise ValueError(
                 f"position_embedding={self.position_embedding!r} is not one of {', '.join(POSITION_EMBEDDINGS)}"
@@ -104,3 +96,11 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
         if self.position_embedding == "rotary" and self.head_dim % 2:
             raise ValueError(f"position_embedding=rotary needs an even head size, this one is {self.head_dim}")
+
+
+def _reject_schedule(fields: dict) -> None:
+    for name in sorted(SCHEDULE_FIELDS & fields.keys()):
+        raise ValueError(
+            f"{name}={fields[name]} is not a field of InfiniGPTNeoConfig: set model.block_schedule = "
+            f"BlockSchedule({name}={fields[name]})"
+        )

@@ -9,10 +9,11 @@ Three moments matter. `computing`: a block is there as a whole, and its loss is 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from infini_ds.config.model_config import block_schedule
 from infini_ds.config.recipe import BatchShape, Recipe
-from infini_ds.model import InfiniGPTNeoConfig
+from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
 from infini_ds.model.loss import chunk_rows
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -26,7 +27,7 @@ class Workload:
 
     Attributes:
         rows, tokens: B and T of a micro-batch.
-        segments_per_block: G; None for all segments of a row.
+        schedule: G, and what of a block is recomputed and offloaded.
         accumulation: micro-batches a step.
         packed: rows may hold several documents, so attention has masks.
         checkpointing: a block's activations are computed again in its backward pass.
@@ -36,7 +37,7 @@ class Workload:
     rows: int
     tokens: int
     precision: str
-    segments_per_block: int | None = None
+    schedule: BlockSchedule = field(default_factory=BlockSchedule)
     accumulation: int = 1
     packed: bool = True
     checkpointing: bool = False
@@ -51,10 +52,14 @@ class Workload:
             rows=shape.micro_rows,
             tokens=tokens,
             precision=precision,
-            segments_per_block=config.segments_per_block,
+            schedule=block_schedule(recipe),
             accumulation=shape.accumulation,
             checkpointing=recipe.model.gradient_checkpointing,
         )
+
+    def in_blocks_of(self, segments: int) -> "Workload":
+        """Return the same workload with `segments` segments a block."""
+        return replace(self, schedule=replace(self.schedule, segments_per_block=segments))
 
     @property
     def segment(self) -> int:
@@ -67,7 +72,7 @@ class Workload:
 
     @property
     def G(self) -> int:
-        return min(self.segments_per_block or self.segments, self.segments)
+        return min(self.schedule.segments_per_block or self.segments, self.segments)
 
     @property
     def blocks(self) -> int:
@@ -184,7 +189,7 @@ def block_activations(work: Workload) -> tuple[int, int, int, int]:
     masks = 2 * n * work.segment if _has_masks(work) else 0  # boolean, one of each kind of layer
     # A block holds on to keys and values until it is through, which autograd does not where layers are computed again,
     # and not to the keys that rotary positions turn.
-    if config.checkpoint_layers:
+    if work.schedule.checkpoint_layers:
         of_layer, until_through, again = hidden, 2 * hidden, layer - hidden
     else:
         of_layer, until_through, again = layer, hidden * (config.position_embedding == "rotary"), 0
@@ -233,7 +238,7 @@ def estimate_memory(work: Workload, sharding: ZeroSharding) -> MemoryEstimate:
     computing_loss, of_loss = loss_bytes(work)
     states = state_bytes(work) * 2
     if work.checkpointing:
-        states += state_bytes(work) * (1 if config.offload_states else work.blocks)
+        states += state_bytes(work) * (1 if work.schedule.offload_states else work.blocks)
     token_ids = 8 * work.rows * work.tokens * (6 if work.packed else 4)
 
     def moment(gradients: float, activations: float, loss: float = 0, states: int = states) -> dict[str, int]:
@@ -284,7 +289,7 @@ def estimate_memory(work: Workload, sharding: ZeroSharding) -> MemoryEstimate:
         ]
 
     host = (12 + 4 + a) * share if sharding.offload else 0
-    if work.checkpointing and config.offload_states:
+    if work.checkpointing and work.schedule.offload_states:
         host += state_bytes(work) * work.blocks
     return MemoryEstimate(_largest(computing), _largest(reducing), step, host)
 
@@ -296,6 +301,6 @@ def _largest(moments: list[dict[str, int]]) -> dict[str, int]:
 def largest_block(work: Workload, sharding: ZeroSharding, room: int) -> int | None:
     """The most segments a block, up to MOST_SEGMENTS, with which a step fits into `room` bytes; None if none does."""
     for segments in range(min(MOST_SEGMENTS, work.segments), 0, -1):
-        if estimate_memory(replace(work, segments_per_block=segments), sharding).peak <= room:
+        if estimate_memory(work.in_blocks_of(segments), sharding).peak <= room:
             return segments
     return None

@@ -74,7 +74,7 @@ class Plan:
         """With `segments_per_block: auto` resolved: the largest that fits, or 1."""
         if self.recipe.model.segments_per_block != "auto":
             return self.asked
-        return replace(self.asked, segments_per_block=largest_block(self.asked, self.sharding, self.room) or 1)
+        return self.asked.in_blocks_of(largest_block(self.asked, self.sharding, self.room) or 1)
 
     @property
     def estimate(self) -> MemoryEstimate:
@@ -101,7 +101,7 @@ class Plan:
         for rows in self._micro_rows():
             work = replace(self.work, rows=rows, accumulation=self.shape.rank_rows // rows)
             block = largest_block(work, self.sharding, self.room)
-            peak = estimate_memory(replace(work, segments_per_block=block), self.sharding).peak if block else None
+            peak = estimate_memory(work.in_blocks_of(block), self.sharding).peak if block else None
             found.append((rows, block, peak))
             if block is None:
                 break

@@ -59,6 +59,7 @@ def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, 
     device, shape = run.process.device, run.shape
     copy = type(model)(model.config).to(device, next(model.parameters()).dtype).train(model.training)
     copy.load_state_dict(model.state_dict())
+    copy.block_schedule = model.block_schedule
     if run.recipe.model.gradient_checkpointing:
         copy.gradient_checkpointing_enable()
     set_rng_states(states)

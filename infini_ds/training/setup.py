@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -15,7 +15,7 @@ from data_prep.options import byte_count
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState
 from infini_ds.config.deepspeed_config import deepspeed_config, default_file
-from infini_ds.config.model_config import check_vocabulary, model_config
+from infini_ds.config.model_config import block_schedule, check_vocabulary, model_config
 from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
 from infini_ds.data.sources import Source, check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
@@ -108,7 +108,7 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     precision = choose_precision(recipe.precision, process.device)
     file = default_file(process.device.type) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     ds_config = deepspeed_config(file, recipe, shape, precision)
-    config = model_config(recipe, manifest)
+    config, schedule = model_config(recipe, manifest), block_schedule(recipe)
     if recipe.model.attention == "flex_attention" and process.device.type == "cpu":
         raise UserError(
             "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it on the CPU: "
@@ -132,13 +132,13 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     if recipe.model.segments_per_block == "auto":
         work = Workload.of(recipe, config, shape, manifest.sequence_length, precision)
         sharding = ZeroSharding.from_json(ds_config, process.world_size)
-        config.segments_per_block = fitting_block(work, sharding, process)
+        schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, process))
     if process.is_first:
         describe_run(recipe, sources, data)
     with one_start_at_a_time(process.local_rank == 0):
         stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, cache_limit)
         validation = ValidationRows(sources)
-    model = build_model(recipe, config)
+    model = build_model(recipe, config, schedule)
     engine = build_engine(model, recipe, ds_config)
     seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
     if newest:

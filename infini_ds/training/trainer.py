@@ -138,7 +138,7 @@ def announce(run: Training, progress: ProgressBar) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     progress.say(
         f"{run.recipe.name}: {parameters / 1e6:.1f}M parameters, {run.recipe.steps} steps of {shape.rows} rows of "
-        f"{run.sequence_length} tokens in segments of {config.segment_length}, {config.segments_per_block or 'all'} at "
+        f"{run.sequence_length} tokens in segments of {config.segment_length}, {run.model.block_schedule.segments_per_block or 'all'} at "
         f"once; {shape.world_size} ranks x "
         f"{shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} on {run.process.device.type}"
     )

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from infini_ds.evaluation.evaluation_file import read_evaluation
 from infini_ds.evaluation.model_loading import load_evaluated_model, model_sha256
 from infini_ds.evaluation.task import TASKS
+from infini_ds.model import BlockSchedule
 
 CPU = torch.device("cpu")
 
@@ -140,7 +141,7 @@ def test_mistakes_are_one_sentence(runs, exported, sentences, tmp_path):
 def test_the_hash_covers_what_the_model_computes(exported):
     model = load_evaluated_model(str(exported), CPU).model
     before = model_sha256(model)
-    model.config.segments_per_block = 3
+    model.block_schedule = BlockSchedule(segments_per_block=3)
     model.config._name_or_path = "elsewhere"
     assert model_sha256(model) == before
     with torch.no_grad():

@@ -18,6 +18,7 @@ def classifier(labels: int = 3, **fields) -> InfiniGPTNeoForSequenceClassificati
     body.config.num_labels = labels
     model = InfiniGPTNeoForSequenceClassification(body.config).double()
     model.transformer.load_state_dict(body.transformer.state_dict())
+    model.block_schedule = body.block_schedule
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
     return model.eval()
 

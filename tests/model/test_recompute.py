@@ -83,12 +83,13 @@ def test_offloaded_states_take_nothing_on_the_device():
 
 RESIDENT = """
 import torch
-from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model import BlockSchedule, InfiniGPTNeoForCausalLM
 from infini_ds.model.presets import preset_config
 
 torch.set_num_threads(1)
-fields = {"num_layers": 2, "num_heads": 2, "vocab_size": 512, "segment_length": 32, "segments_per_block": 1}
+fields = {"num_layers": 2, "num_heads": 2, "vocab_size": 512, "segment_length": 32}
 model = InfiniGPTNeoForCausalLM(preset_config("tiny", **fields)).train()
+model.block_schedule = BlockSchedule(segments_per_block=1)
 model.gradient_checkpointing_enable()
 for tokens in (1024, 1024, 7168):
     ids = torch.randint(512, (1, tokens))

@@ -1,7 +1,6 @@
 """The plan of a run, and what it says about memory held against what real steps take."""
 
 import gc
-import json
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import ROOT, call_script, environment, pretrain
+from reference import split_schedule
 from torch.profiler import ProfilerActivity, profile
 
 from infini_ds.config.deepspeed_config import deepspeed_config
@@ -45,7 +45,7 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
     gc.collect()  # nothing of an earlier test may be freed while we count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         model = InfiniGPTNeoForCausalLM(work.config).train()
-        model.config.segments_per_block = work.segments_per_block
+        model.block_schedule = work.schedule
         if work.checkpointing:
             model.gradient_checkpointing_enable()
         engine = build_engine(model, recipe, ds_config)
@@ -94,7 +94,7 @@ CHANGES = {
     "two micro-batches": {"segments_per_block": 4, "accumulation": 2},
     "two micro-batches, bf16": {"segments_per_block": 4, "accumulation": 2, "precision": "bf16"},
     "large bucket": {"segments_per_block": 2, "config": tiny(segment_length=16)},
-    "states offloaded": {"segments_per_block": 1, "rows": 2, "config": tiny(offload_states=True)},
+    "states offloaded": {"segments_per_block": 1, "rows": 2, "offload_states": True},
     "everything kept": {"segments_per_block": 8, "checkpointing": False},
     "everything kept, blocks of 1": {"segments_per_block": 1, "checkpointing": False},
     "everything kept, one block": {"checkpointing": False, "config": tiny(num_layers=6)},
@@ -103,11 +103,11 @@ CHANGES = {
     "documents, ragged": {"segments_per_block": 8, "packed": True, "rows": 2, "tokens": 470},
     "delta rule, ragged": {"segments_per_block": 8, "tokens": 470, "config": tiny(memory_rule="delta")},
     "delta rule, documents": {"packed": True, "rows": 2, "config": tiny(memory_rule="delta")},
-    "layers": {"segments_per_block": 8, "config": tiny(checkpoint_layers=True, num_layers=4)},
-    "layers, delta rule": {"rows": 2, "config": tiny(checkpoint_layers=True, memory_rule="delta", num_layers=4)},
+    "layers": {"segments_per_block": 8, "checkpoint_layers": True, "config": tiny(num_layers=4)},
+    "layers, delta rule": {"rows": 2, "checkpoint_layers": True, "config": tiny(memory_rule="delta", num_layers=4)},
     "bf16": {"segments_per_block": 8, "precision": "bf16", "packed": True},
     "bf16, large bucket": {"segments_per_block": 1, "tokens": 128, "precision": "bf16"},
-    "bf16, layers": {"precision": "bf16", "config": tiny(checkpoint_layers=True, num_layers=4)},
+    "bf16, layers": {"precision": "bf16", "checkpoint_layers": True, "config": tiny(num_layers=4)},
     "rotary": {"segments_per_block": 8, "config": tiny(hidden_size=192, position_embedding="rotary")},
     "rotary, bf16": {"rows": 2, "precision": "bf16", "config": tiny(position_embedding="rotary")},
     "large vocabulary": {"segments_per_block": 1, "config": tiny(vocab_size=8192)},
@@ -118,7 +118,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_estimate_is_near_the_measured_peak(name):
-    work = replace(WORK, **CHANGES[name])
+    schedule, changes = split_schedule(CHANGES[name])
+    work = replace(WORK, schedule=schedule, **changes)
     bucket = 1_000_000 if "large bucket" in name else SMALL_BUCKET  # the large one holds all gradients
     found = estimate_memory(work, ZeroSharding(ranks=1, bucket=bucket))
     estimate = found.peak + found.host  # on a CPU they are one memory
@@ -145,8 +146,6 @@ def test_auto_takes_the_largest_block_that_fits_and_changes_no_loss(runs, shards
     choices = ["model.segments_per_block=auto", "model.gradient_checkpointing=true", "checkpoint.every=4"]
     pretrain(shards, tmp_path, "auto", *choices, "steps=4")  # the warm-up, where the number of steps plays no part
     assert "in segments of 32, 8 at once" in capsys.readouterr().out  # all of a row of 256 tokens
-    config = json.loads((tmp_path / "auto" / "checkpoints" / "step-000004" / "config.json").read_text())
-    assert config["segments_per_block"] == 8
     losses = [
         [line["train/loss"] for line in read_metrics(run) if "train/loss" in line][:4]
         for run in (tmp_path / "auto", runs / "one")
@@ -159,7 +158,7 @@ ONE_RANK = ZeroSharding(ranks=1, bucket=SMALL_BUCKET)
 
 
 def peak_in_blocks_of(segments: int, rows: int) -> int:
-    return estimate_memory(replace(LONG, rows=rows, segments_per_block=segments), ONE_RANK).peak
+    return estimate_memory(replace(LONG, rows=rows).in_blocks_of(segments), ONE_RANK).peak
 
 
 def test_the_largest_block_fits_and_twice_as_much_does_not():

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from data_prep.manifest import load_manifest
 from infini_ds.checkpoint.manifest import complete_checkpoints
 from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.model_config import model_config
+from infini_ds.config.model_config import block_schedule, model_config
 from infini_ds.config.recipe import load_recipe
 from infini_ds.conversion.locate import load_model, locate
 from infini_ds.data.batches import micro_batches, predicted_tokens
@@ -47,7 +47,7 @@ def largest_difference(a, b) -> float:
 def reference(shards) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training written out in plain PyTorch: no engine, no ranks, no micro-batches, no checkpointing."""
     recipe = load_recipe(None, [f"data.path={shards}", *TINY])
-    model = build_model(recipe, model_config(recipe, load_manifest(shards)))
+    model = build_model(recipe, model_config(recipe, load_manifest(shards)), block_schedule(recipe))
     choice = recipe.optimizer
     groups = parameter_groups(model, choice)
     optimizer = torch.optim.AdamW(groups, betas=(choice.beta1, choice.beta2), eps=choice.eps)
