@@ -9,22 +9,18 @@ does not fit.
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.manifest import load_manifest
-from infini_ds.config.deepspeed_config import deepspeed_config, default_file
 from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.config.model_config import model_config
-from infini_ds.config.recipe import Recipe, batch_shape, load_recipe
+from infini_ds.config.recipe import Recipe, load_recipe
+from infini_ds.config.resolve import resolve
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.planning.hardware import memory_free, peak_flops, training_flops_per_token
 from infini_ds.planning.memory_estimate import HEADROOM, Workload, ZeroSharding, parameters
 from infini_ds.planning.plan import CARDS, Device, Plan, card
-from infini_ds.utils.errors import UserError
 
 GIB = 2**30
 
@@ -55,49 +51,34 @@ def make_plan(recipe: Recipe) -> Plan:
             nothing says how long rows will be.
     """
     choice = recipe.plan
-    path = recipe.data.streams[0].path if recipe.data.streams else recipe.data.path
-    here = Path(path, "manifest.json").is_file()
-    if choice.sequence_length is None and not here:
-        raise UserError(
-            f"data.path={path} holds no prepared data yet: say how long its rows will be with --sequence-length"
-        )
-    manifest = load_manifest(path) if here else None
-    tokens = choice.sequence_length or manifest.sequence_length
     named = choice.gpu is not None or choice.memory is not None
-    process = detect_environment()
-    if named:
-        kind, precision = "cuda", "bf16" if recipe.precision == "auto" else recipe.precision
-    else:
-        from infini_ds.training.setup import choose_precision  # brings streaming along
-
-        kind, precision = process.device.type, choose_precision(recipe.precision, process.device)
+    ranks = replace(detect_environment(), rank=0, local_rank=0, world_size=choice.gpus, local_world_size=choice.gpus)
+    run = resolve(recipe, ranks, require_data=False, device_type="cuda" if named else None)
     if choice.memory is not None:
         name = f"{choice.gpu or 'GPU'} of {choice.memory:g} GiB"
-        flops = card(choice.gpu, precision).flops if choice.gpu else None
+        flops = card(choice.gpu, run.precision).flops if choice.gpu else None
         device = Device(name, int(choice.memory * GIB), flops)
     elif choice.gpu is not None:
-        device = card(choice.gpu, precision)
+        device = card(choice.gpu, run.precision)
     else:
-        process = replace(process, local_world_size=choice.gpus)
-        device = Device(f"this machine ({kind})", memory_free(process), peak_flops(process.device, precision))
-    shape = batch_shape(recipe.batch, tokens, choice.gpus)
-    file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    sharding = ZeroSharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus)
-    config = model_config(recipe, manifest)
-    return Plan(recipe, config, shape, device, Workload.of(recipe, config, shape, tokens, precision), sharding)
+        kind = ranks.device.type
+        device = Device(f"this machine ({kind})", memory_free(ranks), peak_flops(ranks.device, run.precision))
+    sharding = ZeroSharding.from_json(run.deepspeed, choice.gpus)
+    work = Workload.of(recipe, run.model_config, run.batch_shape, run.sequence_length, run.precision)
+    return Plan(recipe, run.model_config, run.batch_shape, device, work, sharding)
 
 
 def show(plan: Plan) -> None:
     recipe, work, shape = plan.recipe, plan.work, plan.shape
     console = Console(highlight=False)
     count, flops, days = parameters(plan.config), training_flops_per_token(plan.config), plan.days(recipe.plan.mfu)
-    facts = Table(title=f"{recipe.name} on {shape.world_size} x {plan.device.name}", show_header=False, title_style="b")
+    facts = Table(title=f"{recipe.name} on {shape.data_size} x {plan.device.name}", show_header=False, title_style="b")
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
     facts.add_row("parameters", f"{count:,}")
     facts.add_row("tokens", f"{plan.tokens:,} in {recipe.steps:,} steps, {plan.tokens / count:.1f} a parameter")
     facts.add_row(
-        "a step", f"{shape.world_size} ranks x {shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
+        "a step", f"{shape.data_size} ranks x {shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
     )
     kept = "recomputed block by block" if work.checkpointing else "all kept"
     facts.add_row("a block", f"{work.G} of {work.segments} segments of {work.segment}, {kept}, {work.precision}")

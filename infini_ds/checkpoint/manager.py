@@ -28,7 +28,7 @@ from infini_ds.checkpoint.manifest import (
     write_manifest,
 )
 from infini_ds.checkpoint.universal import universal_checkpoint
-from infini_ds.config.recipe import CheckpointRecipe
+from infini_ds.config.recipe import CheckpointSection
 from infini_ds.distributed import collectives
 from infini_ds.distributed.entry_point import is_communication_error
 from infini_ds.distributed.parallel_dims import ParallelDims
@@ -62,7 +62,7 @@ def save(
     run: Path,
     state: TrainState,
     data_state: dict[str, Any],
-    keep: CheckpointRecipe,
+    keep: CheckpointSection,
     dims: ParallelDims,
 ) -> Path:
     """Write the checkpoint of `state.step`, then remove those that `keep` does not keep. Returns its folder.
@@ -123,7 +123,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what a file system refuses to delete goes with the next removal
 
 
-def prune(run: Path, step: int, keep: CheckpointRecipe) -> None:
+def prune(run: Path, step: int, keep: CheckpointSection) -> None:
     """Remove the checkpoints that `keep` does not keep, now that the one of `step` is complete.
 
     Also removes incomplete ones, and those of later steps, which a run leaves when it rolls back.
@@ -140,7 +140,7 @@ def prune(run: Path, step: int, keep: CheckpointRecipe) -> None:
         remove(folder)
 
 
-def steps_to_keep(manifests: Iterable[CheckpointManifest], keep: CheckpointRecipe) -> set[int]:
+def steps_to_keep(manifests: Iterable[CheckpointManifest], keep: CheckpointSection) -> set[int]:
     """Return the steps whose checkpoints are kept.
 
     These are the last `keep_last`, those that `keep_every` divides, with `keep_best` the one of the lowest validation

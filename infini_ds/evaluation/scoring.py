@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens in a row, V vocabulary.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_ds.data.batches import micro_batches
+from infini_ds.data.batches import Batch, ModelInputs, pad_documents
 from infini_ds.evaluation.model_loading import has_memory
 from infini_ds.model.loss import IGNORE_INDEX
 
@@ -30,22 +29,6 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None if has_memory(model) else getattr(model.config, "max_position_embeddings", None)
 
 
-def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Return a batch of rows of tokens, each one document, padded at the end."""
-    T = max(map(len, rows))
-    input_ids = torch.zeros(len(rows), T, dtype=torch.long)
-    for row, ids in zip(input_ids, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    mask = torch.arange(T) < torch.tensor([len(ids) for ids in rows])[:, None]
-    labels = input_ids.masked_fill(~mask, IGNORE_INDEX)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.long(),
-        "document_ids": torch.zeros_like(input_ids),
-        "labels": labels,
-    }
-
-
 def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Return the indices of rows in batches of rows of similar length.
 
@@ -62,13 +45,11 @@ def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def token_losses(
-    model: PreTrainedModel, batch: dict[str, Tensor], memory: str = "on", other: dict[str, Tensor] | None = None
-) -> Tensor:
+def token_losses(model: PreTrainedModel, batch: Batch, memory: str = "on", other: Batch | None = None) -> Tensor:
     """Return -log p of each token after the first, (B, T - 1) on the model's device; 0 where the label is ignored.
 
     Args:
-        batch: as `infini_ds.data.batches.collate` returns it, padded at the end.
+        batch: padded at the end.
         memory: one of MEMORY_SETTINGS. With "other", each row reads the memory that the same row of `other`, a batch of
             the same shape, has before the same segment.
     """
@@ -76,35 +57,35 @@ def token_losses(
         return _losses_in_windows(model, batch)
     inputs, options = _with_other(model, batch, memory, other)
     output = model(**inputs, **options, loss_reduction="none", return_logits=False)
-    return output.loss[: len(batch["input_ids"])]
+    return output.loss[: len(batch)]
 
 
 def _with_other(
-    model: PreTrainedModel, batch: dict[str, Tensor], memory: str, other: dict[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model: PreTrainedModel, batch: Batch, memory: str, other: Batch | None
+) -> tuple[ModelInputs, dict[str, Any]]:
     """Return the model's arguments for `batch`, followed by the rows of `other` if their memory is read."""
     options: dict[str, Any] = {"use_memory": memory != "off"}
     if memory == "other":
         assert other is not None
-        B = len(batch["input_ids"])
-        batch = {name: torch.cat([values, other[name]]) for name, values in batch.items()}
+        B = len(batch)
+        batch = batch + other
         options["memory_of"] = torch.arange(B, 2 * B, device=model.device).repeat(2)
-    (inputs,) = micro_batches(batch, len(batch["input_ids"]), model.device)
+    (inputs,) = batch.micro_batches(len(batch), model.device)
     return inputs, options
 
 
-def _losses_in_windows(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def _losses_in_windows(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the losses of a model without a memory. It reads each document by itself, in windows of its context."""
-    ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+    ids, labels = batch.input_ids.to(model.device), batch.labels.to(model.device)
     windows = _windows(batch, context_length(model))
     losses = torch.zeros(ids.shape[0], ids.shape[1] - 1, device=model.device)
     longest = max(end - begin for _, (begin, end) in windows)
     windows_at_once = max(1, MAX_LOGITS // (longest * model.config.vocab_size))
     for first in range(0, len(windows), windows_at_once):
         some = windows[first : first + windows_at_once]
-        inputs = batch_of([ids[row, begin:end].tolist() for row, (begin, end) in some])
+        inputs = pad_documents([ids[row, begin:end].tolist() for row, (begin, end) in some])
         logits = model(
-            input_ids=inputs["input_ids"].to(model.device), attention_mask=inputs["attention_mask"].to(model.device)
+            input_ids=inputs.input_ids.to(model.device), attention_mask=inputs.full_attention_mask().to(model.device)
         ).logits.float()
         for (row, (begin, end)), window_logits in zip(some, logits, strict=True):
             targets = labels[row, begin + 1 : end + 1]  # includes the token after the window, if the row has one
@@ -114,13 +95,11 @@ def _losses_in_windows(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tens
     return losses
 
 
-def _windows(batch: dict[str, Tensor], max_length: int | None) -> list[tuple[int, Span]]:
+def _windows(batch: Batch, max_length: int | None) -> list[tuple[int, Span]]:
     """Return (row, span) of the windows of up to `max_length` tokens that each document is cut into."""
     windows = []
-    for row, (mask, documents) in enumerate(zip(batch["attention_mask"], batch["document_ids"], strict=True)):
-        length = int(mask.sum())
-        starts = [0, *(documents[1:length] != documents[: length - 1]).nonzero().flatten().add(1).tolist(), length]
-        for start, end in pairwise(starts):
+    for row, documents in enumerate(batch.document_spans()):
+        for start, end in documents:
             step = max_length or end - start
             windows += [(row, (begin, min(begin + step, end))) for begin in range(start, end, step)]
     return windows
@@ -129,10 +108,10 @@ def _windows(batch: dict[str, Tensor], max_length: int | None) -> list[tuple[int
 @torch.no_grad()
 def greedy_answers(
     model: PreTrainedModel,
-    batch: dict[str, Tensor],
+    batch: Batch,
     answers: list[list[Span]],
     memory: str = "on",
-    other: dict[str, Tensor] | None = None,
+    other: Batch | None = None,
 ) -> list[list[bool]]:
     """Return for each answer whether greedy decoding gives it.
 
@@ -147,19 +126,19 @@ def greedy_answers(
     rows, positions = torch.tensor(places).unbind(1)
     if has_memory(model):
         inputs, options = _with_other(model, batch, memory, other)
-        del inputs["labels"]
-        hidden = model.transformer(**inputs, **options).last_hidden_state
+        without_labels = {name: values for name, values in inputs.items() if name != "labels"}
+        hidden = model.transformer(**without_labels, **options).last_hidden_state
         predicted = model.lm_head(hidden[rows, positions - 1]).argmax(-1).cpu()
     else:
         predicted = _predictions_in_window(model, batch, answers)[rows, positions - 1]
-    matches = (predicted == batch["input_ids"][rows, positions]).tolist()
+    matches = (predicted == batch.input_ids[rows, positions]).tolist()
     correct = {place for place, match in zip(places, matches, strict=True) if match}
     return [[all((row, at) in correct for at in range(*span)) for span in spans] for row, spans in enumerate(answers)]
 
 
-def _predictions_in_window(model: PreTrainedModel, batch: dict[str, Tensor], answers: list[list[Span]]) -> Tensor:
+def _predictions_in_window(model: PreTrainedModel, batch: Batch, answers: list[list[Span]]) -> Tensor:
     """Return the likeliest next token at each position of the model's last window, (B, T) on the CPU."""
-    ids, predicted = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORE_INDEX)
+    ids, predicted = batch.input_ids, torch.full_like(batch.input_ids, IGNORE_INDEX)
     for row, spans in enumerate(answers):
         end = spans[-1][1] - 1  # the last token of the last answer is not read
         begin = max(0, end - (context_length(model) or end))

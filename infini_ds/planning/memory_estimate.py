@@ -11,8 +11,9 @@ Three moments matter. `computing`: a block is there as a whole, and its loss is 
 import math
 from dataclasses import dataclass, field, replace
 
+from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.model_config import block_schedule
-from infini_ds.config.recipe import BatchShape, Recipe
+from infini_ds.config.recipe import Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
 from infini_ds.model.loss import chunk_rows
 

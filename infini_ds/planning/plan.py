@@ -4,7 +4,8 @@ import difflib
 import math
 from dataclasses import dataclass, replace
 
-from infini_ds.config.recipe import BatchShape, Recipe
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import Recipe
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.planning.hardware import PUBLISHED_BF16, training_flops_per_token
 from infini_ds.planning.memory_estimate import (
@@ -92,7 +93,7 @@ class Plan:
         """Of training alone; recomputing is not counted in the MFU, so with checkpointing it is lower."""
         if self.device.flops is None:
             return None
-        rate = self.device.flops * self.shape.world_size * mfu
+        rate = self.device.flops * self.shape.data_size * mfu
         return self.tokens * training_flops_per_token(self.config) / rate / 86_400
 
     def choices(self) -> list[tuple[int, int | None, int | None]]:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import TINY, call_script, pretrain, run_ranks
+from harness import TINY, build, call_script, pretrain, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manager import remove, steps_to_keep
 from infini_ds.checkpoint.manifest import (
     MANIFEST,
@@ -25,16 +24,9 @@ from infini_ds.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
-from infini_ds.config.recipe import CheckpointRecipe, load_recipe
+from infini_ds.config.recipe import CheckpointSection
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.sources import find_sources
-from infini_ds.data.streams import TrainingStream
-from infini_ds.distributed.environment import detect_environment
-from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
-from infini_ds.training.universal_loading import DeepSpeedCheckpoints
 from infini_ds.utils.errors import UserError
 
 VALIDATION = "validation.every=10"  # as the runs of the fixture have it
@@ -145,18 +137,13 @@ def test_a_conversion_on_a_full_disk_is_a_sentence(runs, shards, tmp_path):
 
 def test_a_running_process_can_roll_back(runs, shards, tmp_path):
     """Load an earlier checkpoint into an engine that has trained: what follows is the same to the last bit."""
-    where = [f"data.path={shards}", f"output={tmp_path}", "name=back"]
-    recipe = load_recipe(None, [*where, *TINY, "checkpoint.keep_last=9"])
-    training = set_up(recipe, detect_environment())
-    train(training)
+    trainer = build(f"data.path={shards}", f"output={tmp_path}", "name=back", *TINY, "checkpoint.keep_last=9")
+    trainer.fit()
+    recipe = trainer.recipe
     assert losses(recipe.folder) == losses(runs / "one")
-    engine, target = DeepSpeedCheckpoints(training.engine), recipe.folder / "checkpoints" / "step-000008"
-    state, data_state = checkpoints.load(engine, target, ParallelDims(1, 0))
-    assert (state.step, state.tokens) == (8, 8 * 4 * 256)
-    training.state = state
-    training.stream = TrainingStream(find_sources(str(shards), [], ""), training.shape.rank_rows, recipe.data.seed, 0)
-    training.stream.load_state_dict(data_state)
-    train(training)
+    trainer.restore(recipe.folder / "checkpoints" / "step-000008", rows_to_skip=())
+    assert (trainer.state.step, trainer.state.tokens) == (8, 8 * 4 * 256)
+    trainer.fit()
     assert losses(recipe.folder) == losses(runs / "one")
     a, b = (load_model(locate(folder)).state_dict() for folder in (recipe.folder, runs / "one"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -190,7 +177,7 @@ def test_which_steps_are_kept(validated, skipping, keep_last, keep_every):
     steps = sorted(validated)
     states = [TrainState(step, 0, step, validated[step], consecutive_skips=step in skipping) for step in steps]
     manifests = [CheckpointManifest(state, 1, "", "", {}) for state in states]
-    kept = steps_to_keep(manifests, CheckpointRecipe(keep_last=keep_last, keep_every=keep_every, keep_best=True))
+    kept = steps_to_keep(manifests, CheckpointSection(keep_last=keep_last, keep_every=keep_every, keep_best=True))
     expected = set(steps[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
     expected |= set([step for step in steps if step not in skipping][-1:])
     assert expected <= kept <= set(steps) and len(kept - expected) <= 1

@@ -8,8 +8,9 @@ import torch
 from harness import ROOT
 from torch.testing import assert_close
 
+from infini_ds.data.batches import pad_documents
 from infini_ds.evaluation.model_loading import load_evaluated_model
-from infini_ds.evaluation.scoring import batch_of, batches_by_length, token_losses
+from infini_ds.evaluation.scoring import batches_by_length, token_losses
 from infini_ds.evaluation.tasks.blimp import Paradigm, compute_accuracy, read_paradigms, sentence_ids
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def test_scores_do_not_depend_on_the_batch(exported, pairs):
         assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(len(rows[i]) for i in batch) <= batch_tokens
-            together = token_losses(model.model, batch_of([rows[i] for i in batch])).sum(1)
+            together = token_losses(model.model, pad_documents([rows[i] for i in batch])).sum(1)
             assert_close(together, alone[batch], rtol=1e-5, atol=1e-4)
 
 

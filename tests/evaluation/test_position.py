@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from infini_ds.config.training_data import find_sources
 from infini_ds.data.batches import collate
-from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation.model_loading import load_evaluated_model
 from infini_ds.evaluation.result_cache import ResultCache
@@ -32,9 +32,9 @@ def test_losses_are_those_of_each_row_alone(tasks, runs, shards):
         losses, labels = [], []
         for row in chosen:
             batch = collate([row])
-            batch.pop("row_numbers")
-            losses.append(model(**batch, use_memory=use_memory, loss_reduction="none").loss[0].detach())
-            labels.append(batch["labels"][0, 1:] != -100)
+            (inputs,) = batch.micro_batches(1, CPU)
+            losses.append(model(**inputs, use_memory=use_memory, loss_reduction="none").loss[0].detach())
+            labels.append(batch.labels[0, 1:] != -100)
         losses, counted = torch.stack(losses).double(), torch.stack(labels)
         measured = found["memory"][memory]
         assert measured["loss"] == pytest.approx((losses.sum() / counted.sum()).item(), abs=1e-5)

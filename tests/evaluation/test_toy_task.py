@@ -10,10 +10,11 @@ import torch
 from harness import call_script
 from rich.table import Table
 
+from infini_ds.data.batches import pad_documents
 from infini_ds.evaluation.evaluation_file import read_evaluation
 from infini_ds.evaluation.model_loading import EvaluatedModel, load_evaluated_model
 from infini_ds.evaluation.plots import plt, save_figure
-from infini_ds.evaluation.scoring import batch_of, memory_settings, token_losses
+from infini_ds.evaluation.scoring import memory_settings, token_losses
 from infini_ds.evaluation.tables import MEMORY_LABELS, new_table
 from infini_ds.evaluation.task import (
     TASKS,
@@ -49,7 +50,7 @@ class Repetition(EvaluationTask[RepetitionResult]):
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> RepetitionResult:
         number = context.arguments.repetitions
         ids = model.tokenizer.encode(" import the module and read the file", add_special_tokens=False)
-        batch = batch_of([ids * number])
+        batch = pad_documents([ids * number])
         return RepetitionResult(
             number,
             {

@@ -172,7 +172,7 @@ def test_the_time_limit_requeues_and_scancel_does_not(submit):
     time.sleep(5)
     assert job.field("JobState") == "CANCELLED"
     job.show()
-    assert "stopped by SIGUSR1 at step" in job.logs() and " tokens seen" in job.logs()
+    assert "stopped by SIGUSR1 at step" in job.logs() and "resumed from" in job.logs()
 
 
 def test_a_rank_that_dies_ends_the_job(submit):

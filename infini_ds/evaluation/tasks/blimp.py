@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.plots import MEMORY_COLORS, plt, save_figure
-from infini_ds.evaluation.scoring import batch_of, batches_by_length, token_losses
+from infini_ds.evaluation.scoring import batches_by_length, token_losses
 from infini_ds.evaluation.tables import new_table
 from infini_ds.evaluation.task import (
     DataFacts,
@@ -207,7 +208,7 @@ def compute_accuracy(model: EvaluatedModel, paradigm: Paradigm, batch_tokens: in
     rows = [sentence_ids(model.tokenizer, sentence) for pair in paradigm.pairs for sentence in pair]
     batches = batches_by_length(list(map(len, rows)), batch_tokens)
     losses = [
-        token_losses(model.model, batch_of([rows[i] for i in batch])).double().sum(1).tolist()
+        token_losses(model.model, pad_documents([rows[i] for i in batch])).double().sum(1).tolist()
         for batch in collectives.split_across_ranks(batches)
     ]
     log_p = [0.0] * len(rows)

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from rich.console import Group
 from torch import Tensor
 
+from infini_ds.config.training_data import find_sources
 from infini_ds.data.batches import collate
-from infini_ds.data.sources import Source, find_sources
+from infini_ds.data.sources import DataSource, StreamSpec, open_sources
 from infini_ds.data.streams import ValidationRows
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
@@ -35,7 +36,7 @@ from infini_ds.evaluation.task import (
     register_task,
 )
 from infini_ds.model.loss import IGNORE_INDEX
-from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.validation import PositionLosses
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.hashing import sha256_of_json
@@ -172,20 +173,20 @@ class Position(EvaluationTask[PositionResult]):
         save_figure(figure, folder / "position.png")
 
 
-def find_data(model: EvaluatedModel, path: str | None) -> list[Source]:
+def find_data(model: EvaluatedModel, path: str | None) -> list[DataSource]:
     """Return the data in `path`, or those that the model's run was trained on.
 
     Raises:
         UserError: `path` is None and the model is not part of a run, or the data cannot be read.
     """
     if path is not None:
-        return find_sources(path, [], SHARD_CACHE)
+        return open_sources([StreamSpec("--data", path)], SHARD_CACHE, "the cache")
     if model.run is None:
         raise UserError(f"{model.path} is not a run, so its data are unknown: name a folder of data_prep with --data")
     return sources_of_run(model.run)
 
 
-def sources_of_run(run: Path) -> list[Source]:
+def sources_of_run(run: Path) -> list[DataSource]:
     """Return the data that a run was trained on.
 
     Raises:
@@ -198,7 +199,7 @@ def sources_of_run(run: Path) -> list[Source]:
 
 
 def evaluate_position(
-    model: EvaluatedModel, sources: list[Source], limit: int | None, context: EvaluationContext
+    model: EvaluatedModel, sources: list[DataSource], limit: int | None, context: EvaluationContext
 ) -> PositionResult:
     """Evaluate `limit` validation rows (None: all), evenly spaced over the split.
 
@@ -230,7 +231,7 @@ def evaluate_position(
     )
 
 
-def check_tokenizer(model: EvaluatedModel, sources: list[Source]) -> None:
+def check_tokenizer(model: EvaluatedModel, sources: list[DataSource]) -> None:
     """Raise a UserError if the rows were tokenized with another vocabulary than the model's."""
     folder = sources[0].folder
     of_rows = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
@@ -242,7 +243,7 @@ def check_tokenizer(model: EvaluatedModel, sources: list[Source]) -> None:
         )
 
 
-def sha256_of_shards(sources: Sequence[Source]) -> str:
+def sha256_of_shards(sources: Sequence[DataSource]) -> str:
     """Return the SHA-256 of the hashes of all validation shards."""
     return sha256_of_json(
         [
@@ -296,7 +297,7 @@ def compute_losses(
                 assert partners is not None
                 other = collate([rows[partners[i]] for i in indices])
             losses = token_losses(model.model, batch, memory, other).double().cpu()
-            count = (batch["labels"][:, 1:] != IGNORE_INDEX).double()
+            count = (batch.labels[:, 1:] != IGNORE_INDEX).double()
             total += torch.stack([losses.sum(0), count.sum(0)])
             by_row.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
             progress.advance({"loss": f"{total[0].sum() / total[1].sum():.4f}"})

@@ -17,10 +17,11 @@ from statistics import fmean
 from rich.table import Table
 
 from data_prep.recall import Span, Task, find_task
+from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
 from infini_ds.evaluation.plots import Axes, memory_style, plt, save_figure
-from infini_ds.evaluation.scoring import batch_of, batches_by_length, greedy_answers, memory_settings
+from infini_ds.evaluation.scoring import batches_by_length, greedy_answers, memory_settings
 from infini_ds.evaluation.tables import MEMORY_LABELS, new_table
 from infini_ds.evaluation.task import (
     DataFacts,
@@ -264,9 +265,8 @@ def compute_scores(model: EvaluatedModel, task: Task, examples: int, seed: int, 
         for batch in collectives.split_across_ranks(batches):
             # The other document is the next example, which has other facts.
             partners = [(i + 1) % examples for i in batch] if setting == "other" else []
-            both = batch_of([rows[i] for i in batch + partners])
-            own = {name: values[: len(batch)] for name, values in both.items()}
-            other = {name: values[len(batch) :] for name, values in both.items()} if partners else None
+            both = pad_documents([rows[i] for i in batch + partners])
+            own, other = both[: len(batch)], both[len(batch) :] if partners else None
             correct.append(greedy_answers(model.model, own, [answers[i] for i in batch], setting, other))
         gathered = collectives.gather_items(correct)
         accuracy[setting] = fmean(answer for batch in gathered for row in batch for answer in row)
