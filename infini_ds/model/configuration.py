@@ -7,9 +7,13 @@ import math
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
 from .block_schedule import BlockSchedule
-from .delta_rule import DeltaRule  # noqa: F401  registers "delta" and "delta_paper"
-from .linear_rule import LinearRule  # noqa: F401  registers "linear"
+from .memory import MemoryState  # noqa: F401  the rules need it, and transformers 4 copies direct imports alone
 from .memory_rule import get_memory_rule
+
+# isort: split
+# Each memory rule registers itself when its file is imported.
+from .delta_rule import DeltaRule  # noqa: F401
+from .linear_rule import LinearRule  # noqa: F401
 
 POSITION_EMBEDDINGS = ("segment", "rotary")
 SCHEDULE_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockSchedule))

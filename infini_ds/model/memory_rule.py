@@ -103,13 +103,14 @@ RULES: dict[str, MemoryRule] = {}
 
 
 def register_memory_rule(rule: MemoryRule) -> None:
-    """Make a rule available as `memory_rule=NAME`.
+    """Make a rule available as `memory_rule=NAME`. A class that is defined again replaces itself.
 
     Raises:
-        ValueError: another rule has this name.
+        ValueError: another class has registered this name.
     """
-    if rule.name in RULES:
-        raise ValueError(f"memory_rule={rule.name!r} is already registered, by {type(RULES[rule.name]).__name__}")
+    known, new = (f"{type(r).__module__}.{type(r).__qualname__}" for r in (RULES.get(rule.name, rule), rule))
+    if known != new:
+        raise ValueError(f"memory_rule={rule.name!r} of {new} is already registered by {known}: choose another name")
     RULES[rule.name] = rule
 
 

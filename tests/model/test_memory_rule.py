@@ -199,9 +199,15 @@ def test_a_state_of_any_shape_passes_through_a_cache(text):
     assert_close(out.memory, complete.memory, **exact)
 
 
-def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="memory_rule='gated_decay' is already registered, by GatedDecay"):
-        register_memory_rule(GatedDecay())
+def test_a_name_belongs_to_one_class():
+    class Other(GatedDecay):
+        pass
+
+    sentence = r"memory_rule='gated_decay' of .*Other is already registered by gated_decay.GatedDecay"
+    with pytest.raises(ValueError, match=sentence):
+        register_memory_rule(Other())
+    register_memory_rule(GatedDecay())
+    assert type(RULES["gated_decay"]) is GatedDecay
 
 
 def test_an_unknown_rule_is_rejected_with_the_known_ones():
