@@ -38,7 +38,7 @@ from infini_ds.utils.errors import UserError
 
 
 class Headline(NamedTuple):
-    """The one score that stands for a result, such as ("accuracy", 0.61)."""
+    """The one score that stands for a result, such as ("accuracy", 0.61). `tidy_rows` has it under the same name."""
 
     name: str
     value: float

@@ -40,19 +40,22 @@ def test_results_are_read_back_typed(evaluated):
     headlines = {name: TASKS[name].headline(evaluation.result(name)) for name in found}
     assert headlines["position"] == ("loss", found["position"]["memory"]["on"]["loss"])
     assert headlines["blimp"] == ("accuracy", found["blimp"]["accuracy"])
-    assert headlines["recall"].name == "mean accuracy" and 0 <= headlines["recall"].value <= 1
+    assert headlines["recall"].name == "mean_accuracy" and 0 <= headlines["recall"].value <= 1
     assert evaluation.result("glue") is None
 
     rows = {name: {row[:2]: row.value for row in evaluation.result(name).tidy_rows()} for name in found}
+    assert {name: rows[name]["on", headline.name] for name, headline in headlines.items()} == {
+        name: headline.value for name, headline in headlines.items()
+    }
     for setting, losses in found["position"]["memory"].items():
         assert rows["position"][setting, "loss"] == losses["loss"]
-        assert rows["position"][setting, "loss/segment=3"] == losses["by_segment"]["loss"][2]
+        assert rows["position"][setting, "loss/segment_3"] == losses["by_segment"]["loss"][2]
     assert rows["position"]["off", "gain"] == found["position"]["gained"]["off"]["mean"]
     point = found["recall"]["tasks"]["passkey,digits=2"]["points"][3]
-    place = f"accuracy/passkey,digits=2/segments={point['segments']}/depth={point['depth']:g}"
+    place = f"accuracy/passkey,digits=2/{point['segments']}_segments/depth_{point['depth']:g}"
     assert {setting: rows["recall"][setting, place] for setting in point["accuracy"]} == point["accuracy"]
-    assert rows["blimp"]["on", "accuracy/phenomenon=islands"] == found["blimp"]["phenomena"]["islands"]
-    assert len(rows["blimp"]) == len(evaluation.result("blimp").tidy_rows()) == 1 + 2 + 2
+    assert rows["blimp"]["on", "accuracy/islands"] == found["blimp"]["phenomena"]["islands"]
+    assert rows["blimp"]["on", "pairs"] == 4
 
 
 def test_finished_parts_are_not_computed_again_and_other_tasks_stay(evaluated, runs, sentences, tmp_path):

@@ -120,7 +120,7 @@ def test_evaluate_fine_tunes_reports_and_skips_finished_tasks(files, exported, t
     assert (tmp_path / "glue.png").stat().st_size > 10_000
     result = read_evaluation(tmp_path).result("glue")
     assert result.tasks["sst2"].f1 == task["f1"] and result.settings == SETTINGS
-    assert TidyRow("on", "majority baseline/sst2", task["majority"]) in result.tidy_rows()
+    assert TidyRow("on", "accuracy/sst2", task["value"]) in result.tidy_rows()
 
     # With micro-batches of another size the scores are the same; boolq is new; sst2 is not computed again.
     parts = tmp_path / "parts.json"

@@ -60,7 +60,7 @@ class Repetition(EvaluationTask[RepetitionResult]):
         )
 
     def headline(self, result: RepetitionResult) -> Headline:
-        return Headline("loss of repetitions", result.loss["on"])
+        return Headline("loss", result.loss["on"])
 
     def table(self, result: RepetitionResult) -> Table:
         table = new_table(f"a sentence, {result.repetitions} times", "", "loss")
@@ -100,7 +100,7 @@ def test_the_task_is_run_recorded_shown_and_plotted(registered, exported, tmp_pa
     assert entry["loss"]["other"] == pytest.approx(entry["loss"]["on"], abs=1e-5), "the other document is the same"
     assert entry["repetitions"] == 5 and entry["seed"] == 0 and "--repetitions 5" in entry["command"]
     assert "a sentence, 5 times" in done.stdout and f"{entry['loss']['off']:.4f}" in done.stdout
-    assert f"repetition: loss of repetitions {entry['loss']['on']:.4f}" in done.stdout
+    assert f"repetition: loss {entry['loss']['on']:.4f}" in done.stdout
     assert (tmp_path / "repetition.png").read_bytes().startswith(b"\x89PNG")
     result = read_evaluation(tmp_path).result("repetition")
     assert result.loss == entry["loss"] and len(result.tidy_rows()) == 3

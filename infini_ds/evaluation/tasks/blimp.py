@@ -78,9 +78,8 @@ class BlimpResult(TaskResult):
         return sum(paradigm.pairs for paradigm in self.paradigms.values())
 
     def tidy_rows(self) -> list[TidyRow]:
-        phenomena = [(f"accuracy/phenomenon={name}", value) for name, value in self.phenomena.items()]
-        paradigms = [(f"accuracy/paradigm={name}", score.accuracy) for name, score in self.paradigms.items()]
-        return [TidyRow("on", name, value) for name, value in [("accuracy", self.accuracy), *phenomena, *paradigms]]
+        phenomena = [TidyRow("on", f"accuracy/{name}", accuracy) for name, accuracy in self.phenomena.items()]
+        return [TidyRow("on", "accuracy", self.accuracy), TidyRow("on", "pairs", self.pairs), *phenomena]
 
 
 @register_task

@@ -33,7 +33,6 @@ from infini_ds.utils.progress import ProgressBar
 from infini_ds.utils.rng import seed_everything
 
 GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
-METRICS = ("accuracy", "f1", "mcc")
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,8 @@ class GlueResult(TaskResult):
     data: DataFacts
 
     def tidy_rows(self) -> list[TidyRow]:
-        rows = [TidyRow("on", "mean", self.mean)]
-        for name, score in self.tasks.items():
-            values = {metric: getattr(score, metric) for metric in METRICS} | {"majority baseline": score.majority}
-            rows += [TidyRow("on", f"{metric}/{name}", value) for metric, value in values.items() if value is not None]
-        return rows
+        tasks = [TidyRow("on", f"{score.metric}/{name}", score.value) for name, score in self.tasks.items()]
+        return [TidyRow("on", "mean", self.mean), *tasks]
 
 
 @register_task

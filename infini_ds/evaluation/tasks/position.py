@@ -106,11 +106,11 @@ class PositionResult(TaskResult):
     def tidy_rows(self) -> list[TidyRow]:
         rows = []
         for setting, losses in self.memory.items():
-            rows += [TidyRow(setting, "loss", losses.loss), TidyRow(setting, "perplexity", losses.perplexity)]
+            rows.append(TidyRow(setting, "loss", losses.loss))
             if gain := self.gained.get(setting):
                 rows.append(TidyRow(setting, "gain", gain.mean))
             by_segment = enumerate(losses.by_segment.loss, start=1)
-            rows += [TidyRow(setting, f"loss/segment={segment}", loss) for segment, loss in by_segment]
+            rows += [TidyRow(setting, f"loss/segment_{segment}", loss) for segment, loss in by_segment]
         return rows
 
 

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from rich.table import Table
 
-from data_prep.recall import Span, Task, find_task
+from data_prep.recall import Passkey, Span, Task, find_task
 from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
@@ -102,11 +102,10 @@ class RecallResult(TaskResult):
     data: DataFacts
 
     def tidy_rows(self) -> list[TidyRow]:
-        rows = [TidyRow("on", "mean accuracy", mean_accuracy(self))]
+        rows = [TidyRow("on", "mean_accuracy", mean_accuracy(self))]
         for name, task in self.tasks.items():
             for point in task.points:
-                depth = f"/depth={point.depth:g}" if task.has_depths else ""
-                metric = f"accuracy/{name}/segments={point.segments}{depth}"
+                metric = f"accuracy/{name}/{point.segments}_segments/depth_{point.depth:g}"
                 rows += [TidyRow(setting, metric, value) for setting, value in point.accuracy.items()]
         return rows
 
@@ -144,7 +143,7 @@ class Recall(EvaluationTask[RecallResult]):
         return evaluate_recall(model, given.recall, sorted(set(given.segments)), given.examples, context)
 
     def headline(self, result: RecallResult) -> Headline:
-        return Headline("mean accuracy", mean_accuracy(result))
+        return Headline("mean_accuracy", mean_accuracy(result))
 
     def table(self, result: RecallResult) -> Table:
         settings = list(next(iter(result.tasks.values())).points[0].accuracy)
@@ -243,7 +242,7 @@ def points_of(name: str, segments: Sequence[int], segment_length: int) -> Iterat
     """Yield the points of a recall task: one for each length, and for the passkey one for each length and depth."""
     task = find_task(name)
     for number in segments:
-        for depth in DEPTHS if task.name == "passkey" and number else DEPTHS[:1]:
+        for depth in DEPTHS if isinstance(task, Passkey) and number else DEPTHS[:1]:
             before = round(depth * number * segment_length)
             after = number * segment_length - before
             placed = replace(task, distance=Span(after, after))
