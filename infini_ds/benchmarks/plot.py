@@ -5,7 +5,7 @@ from pathlib import Path
 
 from infini_ds.benchmarks.contenders import is_infini
 from infini_ds.benchmarks.results import Case, OutOfMemory, TrainingSpeed
-from infini_ds.evaluation.plots import plt
+from infini_ds.evaluation.plots import plt, save_figure
 
 
 def plot_speed_and_memory(cases: Sequence[Case[TrainingSpeed]], file: Path) -> None:
@@ -30,5 +30,4 @@ def plot_speed_and_memory(cases: Sequence[Case[TrainingSpeed]], file: Path) -> N
     figure.legend(loc="lower center", ncols=len(contenders), fontsize=9)
     figure.suptitle("A training step", fontsize=12)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(file)
-    plt.close(figure)
+    save_figure(figure, file)

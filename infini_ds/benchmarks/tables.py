@@ -12,7 +12,7 @@ OUT_OF_MEMORY = "out of memory"
 
 def training_table(cases: Sequence[Case[TrainingSpeed]]) -> Table:
     table = new_table("tokens", "contender", "tokens/s", "ratio", "MFU", "matrix rate", "peak memory above the model")
-    table.caption = "ratio: tokens/s over the first contender's; MFU: share of the matrix rate measured in the same process"
+    table.caption = "ratio: tokens/s over the first contender's; MFU: of the matrix rate measured in the same process"
     previous = None
     for case in cases:
         if previous not in (None, case.tokens):

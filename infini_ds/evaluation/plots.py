@@ -1,4 +1,4 @@
-"""Plots of reports and benchmarks, and the style and the colors of all plots. Matplotlib is imported here only."""
+"""Plots of reports, and the style and the colors of all plots. Matplotlib is imported here only."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from infini_ds.evaluation.tables import MEMORY_LABELS
 

@@ -10,12 +10,14 @@ from importlib.metadata import version
 from typing import Any
 
 from infini_ds.config.lr_schedule import gate_reach
+from infini_ds.evaluation.evaluation_file import Evaluation, read_evaluation
+from infini_ds.evaluation.task import TASKS
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.study.commands import StudyCommands
 from infini_ds.study.grid import Run, other_axes
 from infini_ds.study.provenance import EvaluationData, Provenance, RunRecord
 from infini_ds.study.results import MAX_GATE_CHANGE, OFF, ON, Measurement, RunInfo, RunResult
-from infini_ds.study.run_folder import evaluation_folder, read_evaluation
+from infini_ds.study.run_folder import evaluation_folder
 from infini_ds.study.study_config import Study
 from infini_ds.utils.hashing import sha256_of_file, sha256_of_json
 
@@ -54,8 +56,8 @@ def _collect_run(study: Study, run: Run, start: RunResult | None) -> RunResult:
     hashes: dict[int, str] = {}
     for step in run.evaluated_steps:
         if evaluation := read_evaluation(evaluation_folder(run, step)):
-            hashes[step] = evaluation["model"]["sha256"]
-            found += [(step, value) for value in evaluation_values(evaluation["tasks"])]
+            hashes[step] = evaluation.model.sha256
+            found += [(step, value) for value in evaluation_values(evaluation)]
     if run.recipe.steps not in hashes:
         hashes[run.recipe.steps] = exported_sha256(run)
     measurements = tuple(
@@ -110,28 +112,12 @@ def gate_curves(run: Run, metrics: Metrics, start: RunResult | None) -> dict[tup
     return curves
 
 
-def evaluation_values(tasks: dict[str, dict[str, Any]]) -> Iterator[Value]:
-    """Yield the values of an evaluation.json: each task's headline score and its parts."""
-    if position := tasks.get("position"):
-        for setting, measured in position["memory"].items():
-            yield "position", setting, "loss", measured["loss"]
-            for number, loss in enumerate(measured["by_segment"]["loss"], 1):
-                yield "position", setting, f"loss/segment_{number}", loss
-    if blimp := tasks.get("blimp"):
-        yield "blimp", ON, "accuracy", blimp["accuracy"]
-        yield "blimp", ON, "pairs", sum(paradigm["pairs"] for paradigm in blimp["paradigms"].values())
-        for phenomenon, accuracy in blimp["phenomena"].items():
-            yield "blimp", ON, f"accuracy/{phenomenon}", accuracy
-    if glue := tasks.get("glue"):
-        yield "glue", ON, "mean", glue["mean"]
-        for name, task in glue["tasks"].items():
-            yield "glue", ON, f"{task['metric']}/{name}", task["value"]
-    if recall := tasks.get("recall"):
-        for name, task in recall["tasks"].items():
-            for point in task["points"]:
-                place = f"{name}/{point['segments']}_segments/depth_{point['depth']:g}"
-                for setting, accuracy in point["accuracy"].items():
-                    yield "recall", setting, f"accuracy/{place}", accuracy
+def evaluation_values(evaluation: Evaluation) -> Iterator[Value]:
+    """Yield the values of each task of an evaluation: its headline score and its parts."""
+    for task in evaluation.tasks:
+        if task in TASKS and (result := evaluation.result(task)):
+            for row in result.tidy_rows():
+                yield task, row.setting, row.metric, row.value
 
 
 def collect_provenance(commands: StudyCommands, runs: list[Run], failures: dict[str, str]) -> Provenance:
@@ -152,10 +138,11 @@ def collect_provenance(commands: StudyCommands, runs: list[Run], failures: dict[
         study=study.name,
         context_length=study.context_length,
         preset=runs[0].recipe.model.preset,
-        parameters=max((evaluation["model"]["parameters"] for evaluation in evaluations), default=0),
+        parameters=max((evaluation.model.parameters for evaluation in evaluations), default=0),
         source=str(study.data["source"]),
         document_tokens=_document_tokens(exported[0]) if exported else 0.0,
         runs=tuple(_run_record(commands, run, failures.get(run.name, "")) for run in runs),
+        headlines=_headlines(evaluations),
         evaluation_data=_evaluation_data(evaluations),
         versions={"Python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         written=time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
@@ -195,11 +182,21 @@ def _document_tokens(run: Run) -> float:
     return counts["tokens"] / counts["documents"]
 
 
-def _evaluation_data(evaluations: Sequence[dict[str, Any]]) -> tuple[EvaluationData, ...]:
+def _evaluation_data(evaluations: Sequence[Evaluation]) -> tuple[EvaluationData, ...]:
     found = {
         (task, str(data["path"]), str(data["sha256"]))
         for evaluation in evaluations
-        for task, result in evaluation["tasks"].items()
+        for task, result in evaluation.tasks.items()
         if (data := result.get("data"))
     }
     return tuple(EvaluationData(*each) for each in sorted(found))
+
+
+def _headlines(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """Return for each evaluated task the name of the metric that stands for it."""
+    headlines = {}
+    for evaluation in evaluations:
+        for task in evaluation.tasks:
+            if task in TASKS and (result := evaluation.result(task)):
+                headlines[task] = TASKS[task].headline(result).name
+    return headlines

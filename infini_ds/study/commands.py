@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infini_ds.evaluation.evaluation_file import read_evaluation
 from infini_ds.study.grid import Run
-from infini_ds.study.run_folder import evaluation_folder, is_trained, model_folder, read_evaluation
+from infini_ds.study.run_folder import evaluation_folder, is_trained, model_folder
 from infini_ds.study.study_config import Study
 
 
@@ -100,6 +101,8 @@ def command_line_options(options: dict[str, Any]) -> list[str]:
 
 def evaluated_by(folder: Path, tasks: list[str], arguments: tuple[str, ...]) -> bool:
     """Return whether the folder has results of all tasks that were computed with exactly these options."""
-    results = read_evaluation(folder).get("tasks", {})
-    recorded = [shlex.split(results.get(task, {}).get("command", "")) for task in tasks]
+    evaluation = read_evaluation(folder)
+    if evaluation is None:
+        return False
+    recorded = [shlex.split(evaluation.tasks.get(task, {}).get("command", "")) for task in tasks]
     return all(words[2:] == list(arguments[2:]) for words in recorded)

@@ -41,6 +41,7 @@ class Provenance:
     source: str  # of the text
     document_tokens: float  # mean tokens in a document of the training text
     runs: tuple[RunRecord, ...]
+    headlines: dict[str, str]  # task of the evaluation -> the metric that stands for it
     evaluation_data: tuple[EvaluationData, ...]
     versions: dict[str, str]
     written: str  # UTC

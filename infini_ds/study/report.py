@@ -65,7 +65,7 @@ def write_report(folder: Path) -> Path:
         *pretraining_section(cells, provenance.context_length, pictures),
         *finetuning_section(cells, provenance.context_length, pictures),
         *gates_section(cells, provenance.context_length, pictures),
-        *all_cells_section(cells, pictures),
+        *all_cells_section(cells, provenance.headlines, pictures),
         *runs_section(provenance, results),
     ]
     text = "\n\n".join(sections) + "\n"
@@ -222,15 +222,16 @@ def movement_row(cell: Cell) -> list[str]:
     return [cell.name, *(f"{sum(values) / len(values):{form}}" for values, form in columns)]
 
 
-def all_cells_section(cells: list[Cell], pictures: Path) -> list[str]:
+def all_cells_section(cells: list[Cell], headlines: dict[str, str], pictures: Path) -> list[str]:
     figures.plot_all_cells(cells, pictures / "all-cells.png")
     parts = ["## All cells", image("Last validation loss of every cell and seed", "all-cells.png")]
     if figures.plot_gain_by_position([cell for cell in cells if cell.run.uses_memory], pictures / "gain.png"):
         parts.append(image("Loss reduction by the memory, by position in the row", "gain.png"))
-    header = ["cell", "seeds", "tokens", "validation loss", "memory off", "reduction by memory", *TASKS.values()]
+    header = ["cell", "seeds", "tokens", "validation loss", "memory off", "reduction by memory"]
+    header += [f"{TASKS.get(task, task)}: {metric.replace('_', ' ')}" for task, metric in headlines.items()]
     rows = []
     for cell in cells:
-        scores = [format_spread(cell.last(task, metric), ".3f") for task, metric in HEADLINES.items()]
+        scores = [format_spread(cell.last(task, metric), ".3f") for task, metric in headlines.items()]
         gain = format_spread(cell.over_seeds(lambda result: result.gain), "+.4f") if cell.run.uses_memory else ""
         rows.append([cell.name, len(cell.results), *loss_columns(cell), gain, *scores])
     return [*parts, table(header, rows, text_columns=("cell",))]

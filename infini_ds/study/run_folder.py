@@ -18,7 +18,6 @@ from infini_ds.utils.atomic import write_json_atomic
 from infini_ds.utils.errors import UserError
 
 DEFINITION = "definition.json"
-EVALUATION = "evaluation.json"
 PATH_KEYS = ("output", "data.path", "data.cache", "model.start_from")  # recipe keys that have no effect on results
 
 
@@ -39,14 +38,6 @@ def model_folder(run: Run, step: int) -> Path:
 
 def is_trained(run: Run) -> bool:
     return (checkpoint_folder(run, run.recipe.steps) / MANIFEST).is_file()
-
-
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's evaluation.json, or {} if it is missing or cut off."""
-    try:
-        return json.loads((folder / EVALUATION).read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
 
 
 def definition(run: Run) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import infini_ds.evaluation.tasks  # noqa: F401, registers the tasks
 from data_prep.options import PrepareOptions
 from infini_ds.config.keys import Section, key
 from infini_ds.config.loader import load_keys
 from infini_ds.config.sections import FolderName, PathText
+from infini_ds.evaluation.task import TASKS
 from infini_ds.utils.errors import UserError, did_you_mean
 
 DATA_OPTIONS_SET_BY_STUDY = {"out", "sequence_length", "force"}
@@ -83,6 +85,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), shipped: str | P
             f"{path} has no arms: give it at least one, such as arms: {{pretrain: {{grid: [{{seed: [0]}}]}}}}"
         )
     _check_data(study.data)
+    _check_tasks(study.evaluation)
     return study
 
 
@@ -93,3 +96,10 @@ def _check_data(data: dict[str, Any]) -> None:
             raise UserError(f"unknown key data.{name}{did_you_mean(name, known, prefix='data.')}")
     if "source" not in data:
         raise UserError("data.source is missing: give the text, such as data.source=text:FOLDER or data.source=stdlib")
+
+
+def _check_tasks(evaluation: EvaluationSection) -> None:
+    for name, tasks in (("along", evaluation.along), ("last", evaluation.last)):
+        for task in tasks:
+            if task not in TASKS:
+                raise UserError(f"evaluation.{name}: {task} is not a task{did_you_mean(task, TASKS)}")

@@ -75,6 +75,7 @@ def test_a_combination_of_two_products_is_one_run():
         ("arms.finetune.grid=[{model.segmnt_length: [3]}]", ["model.segmnt_length", "model.segment_length"]),
         ("arms.finetune.grid=[{seed: 3}]", ["seed=3", "list of values"]),
         ("arms.finetune.grid=[{seed: [7]}]", ["no run of arm base", "seed=7"]),
+        ("evaluation.along=[blimp, gleu]", ["evaluation.along: gleu is not a task", "did you mean glue?"]),
         ("context_length=1", ["context_length=1", "at least 2"]),
         ("arms.finetune.grid=[]", ["arms.finetune.grid is empty"]),
         ("arms.finetune.grid=[{model.segment_length: [1024], seed: [0]}]", ["1024 is longer than a row of 512"]),

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import dataclass
 
 import pytest
 from harness import ROOT
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.config.recipe import load_recipe
+from infini_ds.evaluation.evaluation_file import Evaluation
+from infini_ds.evaluation.model_loading import ModelFacts
+from infini_ds.evaluation.task import TASKS, EvaluationTask, Headline, TaskResult, TidyRow
 from infini_ds.study.collect import evaluation_values, gate_curves
 from infini_ds.study.grid import expand
 from infini_ds.study.results import (
@@ -89,17 +93,33 @@ def test_tables_are_tidy(tmp_path):
     assert gates[1] == {"run": run_info().run, "step": "8", "layer": "0", "head": "1", "gate": "0.6"}
 
 
-def test_evaluations_become_rows():
-    position = {"loss": 2.0, "by_segment": {"loss": [2.5, 1.5]}}
-    tasks = {
-        "position": {"memory": {"on": position, "off": position}},
-        "blimp": {"accuracy": 0.6, "paradigms": {"a": {"pairs": 40}, "b": {"pairs": 2}}, "phenomena": {"islands": 0.7}},
-        "glue": {"mean": 0.5, "tasks": {"mrpc": {"metric": "f1", "value": 0.8}}},
-        "recall": {"tasks": {"passkey": {"points": [{"segments": 4, "depth": 0.25, "accuracy": {"on": 1.0}}]}}},
-    }
-    rows = {(task, setting, metric): value for task, setting, metric, value in evaluation_values(tasks)}
-    assert rows["position", "off", "loss/segment_2"] == 1.5 and rows["position", "on", "loss"] == 2.0
-    assert rows["blimp", "on", "accuracy"] == 0.6 and rows["blimp", "on", "pairs"] == 42
-    assert rows["blimp", "on", "accuracy/islands"] == 0.7
-    assert rows["glue", "on", "mean"] == 0.5 and rows["glue", "on", "f1/mrpc"] == 0.8
-    assert rows["recall", "on", "accuracy/passkey/4_segments/depth_0.25"] == 1.0
+@dataclass(frozen=True)
+class WordsResult(TaskResult):
+    losses: dict[str, float]
+
+    def tidy_rows(self) -> list[TidyRow]:
+        return [TidyRow(setting, "loss", loss) for setting, loss in self.losses.items()]
+
+
+class Words(EvaluationTask[WordsResult]):
+    """A task that the study knows nothing of."""
+
+    name = "words"
+    help = "loss on a list of words"
+    result_type = WordsResult
+
+    def run(self, model, context):
+        raise NotImplementedError
+
+    def headline(self, result):
+        return Headline("loss", result.losses["on"])
+
+    def table(self, result):
+        raise NotImplementedError
+
+
+def test_any_evaluation_task_becomes_rows(monkeypatch):
+    monkeypatch.setitem(TASKS, "words", Words())
+    model = ModelFacts("runs/tiny", "ab", 100, "infini_gpt_neo")
+    evaluation = Evaluation(model, "", 0, {}).with_result("words", WordsResult({"on": 2.5, "off": 3.0}))
+    assert list(evaluation_values(evaluation)) == [("words", "on", "loss", 2.5), ("words", "off", "loss", 3.0)]
