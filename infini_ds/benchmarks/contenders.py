@@ -107,7 +107,7 @@ def _infini_transformer(shape: Shape, tokens: int):
         depth=shape.layers,
         heads=shape.heads,
         dim_head=shape.width // shape.heads,
-        use_mem_delta_rule=shape.rule != "linear",
+        use_mem_delta_rule=shape.rule in ("delta", "delta_paper"),
     )
     wrapper = InfiniTransformerWrapper(model, segment_length=shape.segment_length, detach_mems_every_num_segments=10**9)
     return wrapper, lambda model, ids: model(ids)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from infini_ds.model import InfiniGPTNeoForCausalLM, MemoryState
+from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.memory_rule import State, state_tensors
 
 FILE = "metrics.jsonl"
 
@@ -54,12 +55,13 @@ def gates(model: InfiniGPTNeoForCausalLM) -> torch.Tensor:
     return torch.stack([torch.sigmoid(layer.attention.beta.detach().float()) for layer in model.transformer.h]).cpu()
 
 
-def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: tuple[MemoryState, ...]) -> dict[str, float]:
-    """Each head's gate, and each layer's norms of M and z at the end of a row, averaged over rows and heads."""
+def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: tuple[State, ...]) -> dict[str, float]:
+    """Each head's gate, and each layer's norms of its state (M, z) at the end of a row, averaged over rows and heads."""
     values = {}
     for layer, of_heads in enumerate(gates(model).tolist()):
         values |= {f"gate/layer_{layer}/head_{head}": gate for head, gate in enumerate(of_heads)}
     for layer, state in enumerate(memory):
-        values[f"memory/M_norm/layer_{layer}"] = state.M.detach().norm(dim=(-2, -1)).mean().item()
-        values[f"memory/z_norm/layer_{layer}"] = state.z.detach().norm(dim=-1).mean().item()
+        for name, x in state_tensors(state).items():
+            norm = x.detach().norm(dim=tuple(range(min(2, x.dim() - 1), x.dim())))
+            values[f"memory/{name}_norm/layer_{layer}"] = norm.mean().item()
     return values

@@ -6,6 +6,7 @@ from .block_schedule import BlockSchedule
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
 from .memory import MemoryState
+from .memory_rule import MemoryRule, register_memory_rule
 from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification, InfiniGPTNeoModel
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "InfiniGPTNeoForCausalLM",
     "InfiniGPTNeoForSequenceClassification",
     "InfiniGPTNeoModel",
+    "MemoryRule",
     "MemoryState",
+    "register_memory_rule",
 ]
 
 AutoConfig.register(InfiniGPTNeoConfig.model_type, InfiniGPTNeoConfig)

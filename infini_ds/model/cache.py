@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
-from .memory import MemoryState
+from .memory import memory_dtype
+from .memory_rule import State, get_memory_rule
 from .segments import EMPTY, SegmentGrid
 
 
@@ -17,7 +19,7 @@ from .segments import EMPTY, SegmentGrid
 class LayerState:
     """One layer's memory, and keys and values (without rotary phase) of each row's open segment, (B, H, S, D)."""
 
-    memory: MemoryState
+    memory: State
     k: Tensor
     v: Tensor
 
@@ -40,7 +42,8 @@ class InfiniCache(Cache):
         super().__init__(layers=[])
         B, H, S, D = batch_size, config.num_heads, config.segment_length, config.head_dim
         open_segment = torch.zeros(B, H, S, D, dtype=dtype, device=device)
-        empty = MemoryState.empty(B, H, D, dtype, device)
+        self.rule = get_memory_rule(config.memory_rule)
+        empty = self.rule.empty_state(B, H, D, memory_dtype(dtype), device)
         self.layer_states = [LayerState(empty, open_segment, open_segment) for _ in range(config.num_layers)]
         self.documents = torch.full((B, S), EMPTY, device=device)
         self.held = torch.full((B,), EMPTY, device=device)
@@ -63,7 +66,7 @@ class InfiniCache(Cache):
             state.k = torch.where(here, k[rows, index].to(state.k.dtype), state.k)
             state.v = torch.where(here, v[rows, index].to(state.v.dtype), state.v)
 
-    def advance(self, states: tuple[MemoryState, ...], grid: SegmentGrid, still_open: Tensor, columns: int) -> None:
+    def advance(self, states: tuple[State, ...], grid: SegmentGrid, still_open: Tensor, columns: int) -> None:
         """Go on behind the tokens of `grid`, of which segment `still_open` (B,) of each row is not full."""
         for layer, memory in zip(self.layer_states, states, strict=True):
             layer.memory = memory
@@ -81,7 +84,7 @@ class InfiniCache(Cache):
         """Of all its tensors."""
         tensors = [self.documents, self.held]
         for layer in self.layer_states:
-            tensors += [*layer.memory, layer.k, layer.v]
+            tensors += [*tree_leaves(layer.memory), layer.k, layer.v]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -99,7 +102,7 @@ class InfiniCache(Cache):
         index = index.to(self.held.device)
         self.documents, self.held = self.documents[index], self.held[index]
         for state in self.layer_states:
-            state.memory = MemoryState(*(x[index] for x in state.memory))
+            state.memory = tree_map(lambda x: x[index], state.memory)
             state.k, state.v = state.k[index], state.v[index]
 
     reorder_cache = select_rows  # beam search
@@ -121,4 +124,5 @@ class InfiniCache(Cache):
         self.packed = False
         self.room = self.documents.shape[1]
         for state in self.layer_states:
-            state.memory = MemoryState(*(torch.zeros_like(x) for x in state.memory))
+            B, H, _, D = state.k.shape
+            state.memory = self.rule.empty_state(B, H, D, memory_dtype(state.k.dtype), state.k.device)

@@ -7,8 +7,14 @@ import math
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
 from .block_schedule import BlockSchedule
+from .memory import MemoryState  # noqa: F401  the rules need it, and transformers 4 copies direct imports alone
+from .memory_rule import get_memory_rule
 
-MEMORY_RULES = ("linear", "delta", "delta_paper")
+# isort: split
+# Each memory rule registers itself when its file is imported.
+from .delta_rule import DeltaRule  # noqa: F401
+from .linear_rule import LinearRule  # noqa: F401
+
 POSITION_EMBEDDINGS = ("segment", "rotary")
 SCHEDULE_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockSchedule))
 
@@ -19,8 +25,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     Args:
         segment_length: tokens in a segment (S): local attention reaches back to the start of its segment, the memory
             holds all earlier segments.
-        memory_rule: how a segment is written to the memory: "linear" (Munkhdalai et al. 2024, eq. 4), "delta" (eq. 5,
-            normalized so that it stays bounded whatever the lengths of segments) or "delta_paper" (eq. 5 as published).
+        memory_rule: name of a registered `MemoryRule`, which writes and reads the memory: "linear" (Munkhdalai et al.
+            2024, eq. 4), "delta" (eq. 5, normalized so that it stays bounded whatever the lengths of segments),
+            "delta_paper" (eq. 5 as published).
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":
             rotary positions in local attention, none in the memory.
         gate_init: start of each head's gate beta; sigmoid(beta) is the share of the memory in the head's output.
@@ -75,8 +82,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init} must be a finite number, such as 0 for half of the memory")
-        if self.memory_rule not in MEMORY_RULES:
-            raise ValueError(f"memory_rule={self.memory_rule!r} is not one of {', '.join(MEMORY_RULES)}")
+        get_memory_rule(self.memory_rule)
         if self.position_embedding not in POSITION_EMBEDDINGS:
             raise ValueError(
                 f"position_embedding={self.position_embedding!r} is not one of {', '.join(POSITION_EMBEDDINGS)}"

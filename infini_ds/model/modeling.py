@@ -9,11 +9,11 @@ Shapes: B batch, T tokens, E width, H heads, D head size, N segments, S slots in
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -24,18 +24,19 @@ from .cache import InfiniCache, LayerState
 from .configuration import InfiniGPTNeoConfig
 from .local_attention import document_mask, local_attention, rotary_angles, rotate
 from .loss import IGNORE_INDEX, summed_loss, token_losses
-from .memory import MemoryState, blend, retrieve, update
+from .memory import blend, memory_dtype
+from .memory_rule import State, get_memory_rule
 from .recompute import recomputed
 from .segments import SegmentGrid, lay_out, lay_out_after
 
 
 @dataclass
 class InfiniModelOutput(ModelOutput):
-    """`memory`: each layer's state after the last segment, as (M, z) pairs."""
+    """`memory`: each layer's state after the last segment, as its memory rule keeps it."""
 
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: InfiniCache | None = None
-    memory: tuple[MemoryState, ...] | None = None
+    memory: tuple[State, ...] | None = None
 
 
 @dataclass
@@ -45,16 +46,16 @@ class InfiniCausalLMOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     past_key_values: InfiniCache | None = None
-    memory: tuple[MemoryState, ...] | None = None
+    memory: tuple[State, ...] | None = None
 
 
 @dataclass
 class InfiniSequenceClassifierOutput(ModelOutput):
-    """`memory`: each layer's state after the last segment, as (M, z) pairs."""
+    """`memory`: each layer's state after the last segment, as its memory rule keeps it."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    memory: tuple[MemoryState, ...] | None = None
+    memory: tuple[State, ...] | None = None
 
 
 class InfiniAttention(nn.Module):
@@ -70,11 +71,13 @@ class InfiniAttention(nn.Module):
         self.q_proj = nn.Linear(E, E, bias=False)
         self.out_proj = nn.Linear(E, E, bias=True)
         self.beta = nn.Parameter(torch.full((config.num_heads,), float(config.gate_init)))
+        self.rule = get_memory_rule(config.memory_rule)
+        self.memory_parameters = nn.ParameterDict(self.rule.parameters(config))
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(
-        self, hidden: Tensor, grid: SegmentGrid, mask: Tensor | None, state: MemoryState, cached: LayerState | None
-    ) -> tuple[Tensor, MemoryState, tuple[Tensor, Tensor]]:
+        self, hidden: Tensor, grid: SegmentGrid, mask: Tensor | None, state: State, cached: LayerState | None
+    ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
         """hidden (B, N * S, E) -> the same, the memory after the block, and k and v (B, N, H, S, D).
 
         `mask`: for `local_attention`; `cached`: fills the slots of tokens that came before.
@@ -96,10 +99,11 @@ class InfiniAttention(nn.Module):
 
         # Outside of autocast: the memory keeps fp32 whatever the precision of the layer.
         with torch.autocast(hidden.device.type, enabled=False):
-            before, state = update(self.config.memory_rule, state, k, v, grid.write, grid.held)
+            before, state = self.rule.write(state, k, v, grid.write, grid.held, self.memory_parameters)
             if grid.memory_of is not None:
-                before = MemoryState(*(x[grid.memory_of] for x in before))
-            out = blend(local, retrieve(q, before), self.beta, grid.read)
+                before = tree_map(lambda x: x[grid.memory_of], before)
+            retrieved = self.rule.read(q, before, self.memory_parameters)
+            out = blend(local, retrieved, self.beta, grid.read)
         out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
         return self.dropout(out), state, (k, v)
 
@@ -152,7 +156,7 @@ class InfiniLayer(nn.Module):
     def attention(self) -> InfiniAttention:
         return self.attn["attention"]
 
-    def forward(self, hidden: Tensor, *args) -> tuple[Tensor, MemoryState, tuple[Tensor, Tensor]]:
+    def forward(self, hidden: Tensor, *args) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
         attended, state, kv = self.attention(self.ln_1(hidden), *args)
         hidden = hidden + attended
         return hidden + self.mlp(self.ln_2(hidden)), state, kv
@@ -184,6 +188,10 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, InfiniAttention):
             nn.init.constant_(module.beta, self.config.gate_init)
+            for name, initial in module.rule.parameters(self.config).items():
+                parameter = module.memory_parameters[name]
+                if not getattr(parameter, "_is_hf_initialized", False):  # transformers' flag of loaded weights
+                    parameter.data.copy_(initial)
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ class Run:
     """
 
     grid: SegmentGrid
-    states: tuple[MemoryState, ...]
+    states: tuple[State, ...]
     cache: InfiniCache | None
     still_open: Tensor | None
 
@@ -254,8 +262,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             cache = InfiniCache(self.config, B, self.dtype, device)
         if cache is None:
             grid, still_open = lay_out(input_ids, self.config.segment_length, attention_mask, document_ids), None
-            state = MemoryState.empty(B, self.config.num_heads, self.config.head_dim, self.dtype, device)
-            states = (state,) * len(self.h)
+            rule, H, D = get_memory_rule(self.config.memory_rule), self.config.num_heads, self.config.head_dim
+            states = (rule.empty_state(B, H, D, memory_dtype(self.dtype), device),) * len(self.h)
         else:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
@@ -271,7 +279,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
 
     def run(
         self, input_ids: Tensor, run: Run, head: Callable[[Tensor, slice], tuple[Tensor | None, ...]], owner: nn.Module
-    ) -> tuple[list[tuple[Tensor | None, ...]], tuple[MemoryState, ...]]:
+    ) -> tuple[list[tuple[Tensor | None, ...]], tuple[State, ...]]:
         """The block schedule: `head(hidden, slots)` of each block of segments, one block after the other.
 
         `hidden` is (B, slots of the block, E) after the last norm, `slots` their place in the row's N * S slots, and
@@ -293,13 +301,14 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             # In a step `ids` are the tokens given, which with their padding may be more than a segment.
             slots = slice(first * grid.S, ids.shape[1] if grid.step else (first + block.N) * grid.S)
             cached = [None] * len(self.h) if block.from_cache is None else cache.layer_states
-            states = tuple(map(MemoryState, flat[::2], flat[1::2]))
+            states = tree_unflatten(list(flat), structure)
             hidden, states, keys_values = self.block(ids[:, slots], states, block, cached)
             if cache is not None:
                 cache.keep_open(keys_values, run.still_open - first)
-            return head(hidden, slots), tuple(chain(*states))
+            return head(hidden, slots), tuple(tree_leaves(states))
 
-        flat = tuple(chain(*run.states))
+        leaves, structure = tree_flatten(run.states)
+        flat = tuple(leaves)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("use_cache=True is not possible while training with gradient checkpointing")
@@ -310,7 +319,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             for index in range(len(blocks)):
                 output, flat = compute(index, flat)
                 outputs.append(output)
-        states = tuple(map(MemoryState, flat[::2], flat[1::2]))
+        states = tree_unflatten(list(flat), structure)
         if cache is not None:
             cache.advance(states, grid, run.still_open, columns=input_ids.shape[1])
         return outputs, states
@@ -318,10 +327,10 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     def block(
         self,
         ids: Tensor,
-        states: tuple[MemoryState, ...],
+        states: tuple[State, ...],
         grid: SegmentGrid,
         cached: list[LayerState | None],
-    ) -> tuple[Tensor, tuple[MemoryState, ...], list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, tuple[State, ...], list[tuple[Tensor, Tensor]]]:
         """All layers over one block of segments: ids (B, N * S) -> hidden (B, N * S, E), memory, keys and values."""
         hidden = self.wte(ids)
         if self.config.position_embedding == "segment":

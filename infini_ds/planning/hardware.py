@@ -8,6 +8,7 @@ import torch
 
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoConfig
+from infini_ds.model.memory_rule import get_memory_rule
 
 # Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity).
 PUBLISHED_BF16 = {
@@ -27,16 +28,14 @@ def training_flops_per_token(config: InfiniGPTNeoConfig) -> float:
     """Operations of one token's forward and backward pass, recomputing not counted (as MFU is defined in PaLM, app. B).
 
     2 for each multiply-add, 3 times for forward and backward: the matrices of all layers and the output layer; local
-    attention over half a segment on average; the memory's read and write, D by D each.
+    attention over half a segment on average; what the memory rule reads and writes.
     """
-    E, S, D = config.hidden_size, config.segment_length, config.head_dim
+    E, S = config.hidden_size, config.segment_length
     inner = config.intermediate_size or 4 * E
     matrices = config.num_layers * (4 * E * E + 2 * E * inner) + E * config.vocab_size
     windows = [config.window_size if kind == "local" else S for kind in config.attention_layers]
     attended = sum(2 * E * min(S, 2 * window) / 2 for window in windows)
-    memory = config.num_layers * 2 * E * D
-    if config.memory_rule != "linear":  # the correction: a D by D matrix a segment, and its product with the memory
-        memory += config.num_layers * E * D * (1 + D / S)
+    memory = config.num_layers * get_memory_rule(config.memory_rule).flops_per_token(config)
     return 6.0 * (matrices + attended + memory)
 
 

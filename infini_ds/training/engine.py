@@ -12,6 +12,8 @@ from torch.distributed import distributed_c10d
 from infini_ds.config.lr_schedule import factor, gate_factor
 from infini_ds.config.recipe import OptimizerRecipe, Recipe
 from infini_ds.distributed.environment import DistEnv
+from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.memory_rule import get_memory_rule
 from infini_ds.utils.errors import UserError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -51,9 +53,9 @@ def connect(process: DistEnv, timeout_minutes: float) -> None:
         ) from error
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict]:
+def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerRecipe) -> list[dict]:
     """Matrices, the embeddings among them (the input embedding is the output layer's matrix too): weight decay.
-    Biases and norms: none. Gates: none, and their own learning rate.
+    Biases and norms: none. Gates: none, and their own learning rate. A memory rule names the group of its parameters.
     """
     groups = {
         "decay": {"params": [], "lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay},
@@ -62,6 +64,8 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerRecipe) -> list[dict]
     }
     for name, parameter in model.named_parameters():
         kind = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
+        if ".memory_parameters." in name:
+            kind = get_memory_rule(model.config.memory_rule).optimizer_group
         groups[kind]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items()]
 

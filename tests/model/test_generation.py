@@ -2,14 +2,13 @@
 
 import logging
 import warnings
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import TINY, random_ids, reference_forward, tiny_model
+from strategies import texts_in_pieces
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
@@ -51,28 +50,6 @@ def left_padded(prompts, width=None):
 
 
 # ---- the cache
-
-
-@st.composite
-def texts_in_pieces(draw):
-    """Rows with padding anywhere and documents or none, cut anywhere: rows may have no new token in a piece."""
-    T, B, seed = draw(st.integers(1, 26)), draw(st.integers(1, 3)), draw(st.integers(0, 2**16))
-    generator = torch.Generator().manual_seed(seed)
-    share = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.3, 0.9]), min_size=B, max_size=B)))
-    mask = (torch.rand(B, T, generator=generator) >= share[:, None]).long()
-    documents = None
-    if draw(st.booleans()):
-        documents = (torch.rand(B, T, generator=generator) < draw(st.sampled_from([0.1, 0.5]))).long().cumsum(1)
-    cuts = sorted([*draw(st.lists(st.integers(1, T), max_size=5, unique=True)), T])
-    pieces = [slice(a, b) for a, b in pairwise([0, *cuts]) if a < b]
-    model = tiny_model(
-        seed,
-        segment_length=draw(st.integers(1, 6)),
-        segments_per_block=draw(st.sampled_from([None, 1, 2])),
-        position_embedding=draw(st.sampled_from(["segment", "rotary"])),
-        window_size=draw(st.integers(1, 7)),
-    )
-    return model, random_ids(B, T, seed), mask, documents, pieces
 
 
 @given(texts_in_pieces())

@@ -13,14 +13,14 @@ from infini_ds.model.local_attention import local_attention, rotary_angles, rota
 from infini_ds.model.loss import IGNORE_INDEX, summed_loss, token_losses
 from infini_ds.model.memory import (
     MemoryState,
-    accumulate,
     blend,
     feature_map,
+    memory_dtype,
+    prefix_sums,
     retrieve,
-    summarize,
-    update,
-    written_features,
+    segment_updates,
 )
+from infini_ds.model.memory_rule import RULES
 from infini_ds.model.segments import EMPTY, lay_out, lay_out_after
 
 many = settings(deadline=None, max_examples=60, derandomize=True)
@@ -52,6 +52,17 @@ def test_feature_map_gradient_is_continuous_at_zero():
     assert_close(x.grad, torch.ones(4))
 
 
+def empty(H: int, D: int, dtype=torch.float64) -> MemoryState:
+    """The memory of one row to which nothing has been written."""
+    return RULES["linear"].empty_state(1, H, D, memory_dtype(dtype), "cpu")
+
+
+def accumulate(start: MemoryState, updates: MemoryState, memory_document=None) -> tuple[MemoryState, MemoryState]:
+    """Prefix sums of M and z."""
+    sums = (prefix_sums(*pair, memory_document) for pair in zip(start, updates, strict=True))
+    return tuple(MemoryState(*states) for states in zip(*sums, strict=True))
+
+
 def all_states(before: MemoryState, after: MemoryState) -> MemoryState:
     """The memory before each segment and after the last, along one dimension of N + 1."""
     return MemoryState(*(torch.cat([x, y[:, None]], dim=1) for x, y in zip(before, after, strict=True)))
@@ -59,7 +70,7 @@ def all_states(before: MemoryState, after: MemoryState) -> MemoryState:
 
 @pytest.mark.parametrize("held", [None, [0, 0, 0, 0, 0], [EMPTY, 0, 0, 2, 2], [3, 3, 5, 6, 6], [EMPTY, EMPTY, 0, 0, 1]])
 @pytest.mark.parametrize("together", [1, 2, 3, 16])
-def test_accumulate_is_the_recurrence(held, together, monkeypatch):
+def test_prefix_sums_are_the_recurrence(held, together, monkeypatch):
     """The linear rule one segment after the other, emptied where the document changes."""
     monkeypatch.setattr(memory, "PREFIX_CHUNK", together)
     torch.manual_seed(0)
@@ -79,7 +90,7 @@ def test_accumulate_is_the_recurrence(held, together, monkeypatch):
     want = MemoryState(*(torch.stack(x, dim=1) for x in zip(*states, strict=True)))
 
     document_held = None if held is None else torch.tensor([held] * B)
-    got = all_states(*accumulate(start, summarize(written_features(k, write), v), document_held))
+    got = all_states(*RULES["linear"].write(start, k, v, write, document_held, {}))
     weight = [torch.randn_like(x) for x in want]
     inputs = (k, v, start.M, start.z)
     assert_close(tuple(got), tuple(want))
@@ -87,7 +98,7 @@ def test_accumulate_is_the_recurrence(held, together, monkeypatch):
     assert_close(*(torch.autograd.grad(total, inputs) for total in totals))
 
 
-def test_accumulate_keeps_documents_apart_to_the_last_bit():
+def test_prefix_sums_keep_documents_apart_to_the_last_bit():
     torch.manual_seed(0)
     segments = MemoryState(random(1, 6, 2, 4, 4), random(1, 6, 2, 4))
     start = MemoryState(random(1, 2, 4, 4), random(1, 2, 4))
@@ -126,8 +137,7 @@ def delta_norms(lengths: list[int], rule: str) -> list[float]:
     k, v = random(1, len(lengths), 2, 128, 64), random(1, len(lengths), 2, 128, 64)
     v[:, 1:] = 0
     write = torch.arange(128) < torch.tensor(lengths)[None, :, None]
-    state = MemoryState.empty(1, 2, 64, torch.float64)
-    return all_states(*update(rule, state, k, v, write)).M.flatten(2).norm(dim=-1)[0].tolist()
+    return all_states(*RULES[rule].write(empty(2, 64), k, v, write, None, {})).M.flatten(2).norm(dim=-1)[0].tolist()
 
 
 @pytest.mark.parametrize("rule", ["delta", "delta_paper"])
@@ -135,7 +145,7 @@ def test_the_delta_rule_replaces_what_a_key_returned(rule):
     """With one key alone in the memory, writing another value for it gives that value back (paper, section 2.2.2)."""
     k, v = random(1, 3, 1, 1, 8), random(1, 3, 1, 1, 8)
     k[:] = k[:, :1]
-    states = all_states(*update(rule, MemoryState.empty(1, 1, 8, torch.float64), k, v))
+    states = all_states(*RULES[rule].write(empty(1, 8), k, v, None, None, {}))
     phi = feature_map(k[0, 0, 0, 0])
     value = phi @ states.M[0, :, 0] / (phi @ phi)  # what M holds for the key: (N + 1, D)
     if rule == "delta_paper":  # after the second write the first value is gone
@@ -149,7 +159,7 @@ def test_retrieve_is_a_weighted_average():
     torch.manual_seed(0)
     q, k, v = random(1, 1, 2, 3, 4), random(1, 1, 2, 7, 4), random(1, 1, 2, 7, 4)
     shares = feature_map(q) @ feature_map(k).transpose(-1, -2)
-    assert_close(retrieve(q, summarize(feature_map(k), v)), shares / shares.sum(-1, keepdim=True) @ v)
+    assert_close(retrieve(q, segment_updates(feature_map(k), v)), shares / shares.sum(-1, keepdim=True) @ v)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 100.0, 1000.0])
@@ -160,7 +170,7 @@ def test_retrieve_and_its_gradient_survive_large_activations(scale):
     results = []
     for dtype in (torch.float32, torch.float64):
         inputs = [(scale * x).to(dtype).requires_grad_() for x in (q, k)] + [v.to(dtype).requires_grad_()]
-        out = retrieve(inputs[0], summarize(feature_map(inputs[1]), inputs[2]))
+        out = retrieve(inputs[0], segment_updates(feature_map(inputs[1]), inputs[2]))
         assert out.abs().max() <= v.abs().max() + 1e-5
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for single, double in zip(*results, strict=True):
@@ -169,8 +179,8 @@ def test_retrieve_and_its_gradient_survive_large_activations(scale):
 
 def test_empty_memory_gives_zero_and_no_nan():
     q = random(1, 2, 2, 3, 4, dtype=torch.float32).requires_grad_()
-    empty = MemoryState(*(x.expand(1, 2, *x.shape[1:]) for x in MemoryState.empty(1, 2, 4, torch.float32)))
-    out = retrieve(q, empty)
+    nothing = MemoryState(*(x.expand(1, 2, *x.shape[1:]) for x in empty(2, 4, torch.float32)))
+    out = retrieve(q, nothing)
     assert torch.equal(out, torch.zeros_like(out))
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert torch.equal(grad, torch.zeros_like(grad))
@@ -190,7 +200,7 @@ def test_blend_gates_each_head_and_leaves_those_who_read_nothing():
 def test_memory_is_never_kept_in_low_precision():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         k = torch.randn(1, 2, 1, 3, 4).to(dtype)
-        before, after = accumulate(MemoryState.empty(1, 1, 4, dtype), summarize(feature_map(k), k))
+        before, after = accumulate(empty(1, 4, dtype), segment_updates(feature_map(k), k))
         assert {x.dtype for x in (*before, *after)} == {torch.float32}
         assert blend(k, retrieve(k, before), torch.zeros(1), k[..., 0, :, 0] > 9).dtype == dtype
 
@@ -198,7 +208,7 @@ def test_memory_is_never_kept_in_low_precision():
 def test_z_counts_exactly_over_a_thousand_segments():
     """In bf16 a sum stops at 256 times its terms."""
     k = torch.zeros(1, 1024, 1, 1, 2, dtype=torch.bfloat16)
-    state = all_states(*accumulate(MemoryState.empty(1, 1, 2, torch.bfloat16), summarize(feature_map(k), k)))
+    state = all_states(*accumulate(empty(1, 2, torch.bfloat16), segment_updates(feature_map(k), k)))
     assert torch.equal(state.z[0, :, 0, 0], torch.arange(1025.0))
 
 

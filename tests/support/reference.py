@@ -6,7 +6,9 @@ a model in fp64. Shapes: B rows, T tokens, L layers, H heads, S tokens in a segm
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,19 +132,45 @@ def _attention(
         memory.M = [torch.zeros_like(M) for M in memory.M]
         memory.z = [torch.zeros_like(z) for z in memory.z]
         memory.document = last
+    rule = REFERENCE_RULES[config.memory_rule]
+    parameters = {name.removeprefix(PARAMETERS): weight for name, weight in w.items() if name.startswith(PARAMETERS)}
     for h in range(H):
         written = [(_phi(heads_of["k"][h][i]), heads_of["v"][h][i]) for i in range(len(x)) if documents[i] == last]
-        before, z_before = memory.M[h], memory.z[h]
-        for phi_k, _ in written:
-            memory.z[h] = memory.z[h] + phi_k
-        norm = {"linear": None, "delta": memory.z[h], "delta_paper": z_before}[config.memory_rule]
-        for phi_k, v in written:
-            if norm is not None and phi_k @ norm > 0:
-                v = v - phi_k @ before / (phi_k @ norm)
-            memory.M[h] = memory.M[h] + torch.outer(phi_k, v)
+        memory.M[h], memory.z[h] = rule(memory.M[h], memory.z[h], written, parameters, h)
 
     joined = [torch.cat([out[h][i] for h in range(H)]) for i in range(len(x))]
     return [w["attn.attention.out_proj.weight"] @ token + w["attn.attention.out_proj.bias"] for token in joined]
+
+
+PARAMETERS = "attn.attention.memory_parameters."
+Written = list[tuple[Tensor, Tensor]]  # phi(k) and v of each token
+Write = Callable[[Tensor, Tensor, Written, dict[str, Tensor], int], tuple[Tensor, Tensor]]
+
+
+def _write_linear(M: Tensor, z: Tensor, written: Written, parameters: dict, h: int) -> tuple[Tensor, Tensor]:
+    for phi_k, v in written:
+        M, z = M + torch.outer(phi_k, v), z + phi_k
+    return M, z
+
+
+def _write_delta(
+    M: Tensor, z: Tensor, written: Written, parameters: dict, h: int, bounded: bool
+) -> tuple[Tensor, Tensor]:
+    before, z_after = M, z + sum(phi_k for phi_k, _ in written)
+    norm = z_after if bounded else z
+    for phi_k, v in written:
+        if phi_k @ norm > 0:
+            v = v - phi_k @ before / (phi_k @ norm)
+        M = M + torch.outer(phi_k, v)
+    return M, z_after
+
+
+# How one head's M and z change by a segment; a test of another rule adds its own.
+REFERENCE_RULES: dict[str, Write] = {
+    "linear": _write_linear,
+    "delta": partial(_write_delta, bounded=True),
+    "delta_paper": partial(_write_delta, bounded=False),
+}
 
 
 def _phi(x: Tensor) -> Tensor:
@@ -192,6 +220,13 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> I
             else:
                 parameter.normal_(mean=1.0, std=0.2)
     return model.to(dtype).eval()
+
+
+def gradients(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradient of every parameter by name, 0 where the loss does not depend on it."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
 
 
 def split_schedule(fields: dict) -> tuple[BlockSchedule, dict]:
