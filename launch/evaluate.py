@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from infini_ds.data.sources import find_sources
+from infini_ds.config.training_data import find_sources
 from infini_ds.distributed import collectives
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads, shutdown

@@ -26,13 +26,13 @@ from infini_ds.checkpoint.manifest import (
     write_manifest,
 )
 from infini_ds.checkpoint.universal import load_universal, universal
-from infini_ds.config.recipe import CheckpointRecipe
+from infini_ds.config.recipe import CheckpointSection
 from infini_ds.distributed.entry_point import is_communication_error
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import get_rng_states, seed_everything, set_rng_states
 
 
-def save(engine, run: Path, state: TrainState, data_state: dict, keep: CheckpointRecipe) -> Path:
+def save(engine, run: Path, state: TrainState, data_state: dict, keep: CheckpointSection) -> Path:
     """Write the checkpoint of `state.step`, by all ranks together, then remove those that `keep` does not name.
 
     Raises:
@@ -85,7 +85,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what a file system holds back goes with the next removal
 
 
-def remove_surplus(run: Path, step: int, keep: CheckpointRecipe) -> None:
+def remove_surplus(run: Path, step: int, keep: CheckpointSection) -> None:
     """Remove what is not to be kept, now that the checkpoint of `step` stands: also unfinished ones, and those of later
     steps, which a run leaves behind that has gone back.
     """
@@ -101,7 +101,7 @@ def remove_surplus(run: Path, step: int, keep: CheckpointRecipe) -> None:
         remove(folder)
 
 
-def steps_to_keep(marks: Iterable[CheckpointManifest], keep: CheckpointRecipe) -> set[int]:
+def steps_to_keep(marks: Iterable[CheckpointManifest], keep: CheckpointSection) -> set[int]:
     """The last `keep_last`, those whose step `keep_every` divides, the one of the lowest validation loss, and the last
     that a run in trouble can go back to.
     """

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from infini_ds.config.recipe import BatchRecipe
+from infini_ds.config.recipe import BatchSection
 from infini_ds.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ class BatchShape:
         return self.rank_rows // self.micro_rows
 
 
-def batch_shape(batch: BatchRecipe, sequence_length: int, data_size: int) -> BatchShape:
+def batch_shape(batch: BatchSection, sequence_length: int, data_size: int) -> BatchShape:
     """Divide the global batch over data ranks and micro-batches.
 
     `batch.micro_rows` is an upper bound: it is lowered to the largest number that divides the rows of a rank.

@@ -16,8 +16,10 @@ from infini_ds.config.batch_shape import BatchShape, batch_shape
 from infini_ds.config.deepspeed_config import deepspeed_config, default_file
 from infini_ds.config.model_config import block_schedule, check_vocabulary, model_config
 from infini_ds.config.recipe import Recipe
-from infini_ds.data.sources import Source, check_cache_limit, find_sources
-from infini_ds.data.streams import AHEAD, fingerprint
+from infini_ds.config.training_data import check_cache_limit, find_sources
+from infini_ds.data.cache_limit import PREFETCH_BATCHES
+from infini_ds.data.fingerprint import fingerprint
+from infini_ds.data.sources import DataSource
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
@@ -45,7 +47,7 @@ class ResolvedRun:
     recipe: Recipe
     environment: DistEnv
     dims: ParallelDims
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     sequence_length: int
     batch_shape: BatchShape
     precision: str
@@ -78,7 +80,7 @@ def resolve(
     cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
     if cache_limit is not None and require_data:
         readers = environment.local_world_size * max(1, recipe.data.workers)
-        check_cache_limit(list(sources), cache_limit, readers * AHEAD * shape.rank_rows)
+        check_cache_limit(list(sources), cache_limit, readers * PREFETCH_BATCHES * shape.rank_rows)
     if device_type is None:
         precision = choose_precision(recipe.precision, environment.device)
     else:
@@ -122,7 +124,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def _find_sources(recipe: Recipe, require_data: bool) -> tuple[Source, ...]:
+def _find_sources(recipe: Recipe, require_data: bool) -> tuple[DataSource, ...]:
     """Open the recipe's data. Without `require_data`, return () if any of it is not prepared on this machine."""
     if not require_data and _unprepared(recipe):
         return ()
@@ -136,7 +138,7 @@ def _unprepared(recipe: Recipe) -> list[str]:
     return [f"{key}={path}" for key, path in paths.items() if not Path(path, MANIFEST_NAME).is_file()]
 
 
-def _sequence_length(recipe: Recipe, sources: tuple[Source, ...], require_data: bool) -> int:
+def _sequence_length(recipe: Recipe, sources: tuple[DataSource, ...], require_data: bool) -> int:
     """Return the tokens of a row: those of the data, or, for a plan, what the recipe plans with."""
     if not require_data and recipe.plan.sequence_length is not None:
         return recipe.plan.sequence_length

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.result_cache import ResultCache
-from infini_ds.evaluation.scoring import batch_of, batches_by_length, token_losses
+from infini_ds.evaluation.scoring import batches_by_length, token_losses
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.progress import ProgressBar
 
@@ -114,7 +115,7 @@ def accuracy(subject: EvaluatedModel, paradigm: Paradigm, tokens: int) -> float:
     rows = [sentence_ids(subject.tokenizer, sentence) for pair in paradigm.pairs for sentence in pair]
     batches = batches_by_length(list(map(len, rows)), tokens)
     losses = [
-        token_losses(subject.model, batch_of([rows[i] for i in batch])).double().sum(1).tolist()
+        token_losses(subject.model, pad_documents([rows[i] for i in batch])).double().sum(1).tolist()
         for batch in collectives.split_across_ranks(batches)
     ]
     likely = [0.0] * len(rows)

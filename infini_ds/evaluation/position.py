@@ -12,15 +12,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from infini_ds.config.training_data import find_sources
 from infini_ds.data.batches import collate
-from infini_ds.data.sources import Source, find_sources
+from infini_ds.data.sources import DataSource
 from infini_ds.data.streams import ValidationRows
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
 from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.scoring import settings, token_losses
 from infini_ds.model.loss import IGNORE_INDEX
-from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.validation import PositionLosses
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.progress import ProgressBar
@@ -29,7 +30,7 @@ STEP = 128  # tokens that stand for a segment where a model has none
 POINTS = 256  # of the loss by position, at most
 
 
-def measure(subject: EvaluatedModel, sources: list[Source], limit: int | None, session: ResultCache) -> dict:
+def measure(subject: EvaluatedModel, sources: list[DataSource], limit: int | None, session: ResultCache) -> dict:
     """Over `limit` validation rows (None: all), taken evenly from the whole split.
 
     Raises:
@@ -63,7 +64,7 @@ def measure(subject: EvaluatedModel, sources: list[Source], limit: int | None, s
     }
 
 
-def sources_of(run: Path) -> list[Source]:
+def sources_of(run: Path) -> list[DataSource]:
     """The data of a run.
 
     Raises:
@@ -75,7 +76,7 @@ def sources_of(run: Path) -> list[Source]:
     return find_sources(data.path, data.streams, data.cache)
 
 
-def _check_tokenizer(subject: EvaluatedModel, sources: list[Source]) -> None:
+def _check_tokenizer(subject: EvaluatedModel, sources: list[DataSource]) -> None:
     folder = sources[0].folder / "tokenizer"
     theirs = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     ours = subject.tokenizer.get_vocab()
@@ -86,7 +87,7 @@ def _check_tokenizer(subject: EvaluatedModel, sources: list[Source]) -> None:
         )
 
 
-def data_sha256(sources: list[Source]) -> str:
+def data_sha256(sources: list[DataSource]) -> str:
     """Of the hashes of all validation shards."""
     shards = [[[s["samples"], s["raw_data"]["hashes"]] for s in source.shards("validation")] for source in sources]
     return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
@@ -121,7 +122,7 @@ def _losses(
             part = collate([rows[chosen[i]] for i in batch])
             other = collate([rows[others[i]] for i in batch]) if memory == "other" else None
             losses = token_losses(subject.model, part, memory, other).double().cpu()
-            count = (part["labels"][:, 1:] != IGNORE_INDEX).double()
+            count = (part.labels[:, 1:] != IGNORE_INDEX).double()
             total += torch.stack([losses.sum(0), count.sum(0)])
             means.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
             progress.advance({"loss": f"{total[0].sum() / total[1].sum():.4f}"})

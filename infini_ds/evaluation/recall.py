@@ -12,10 +12,11 @@ from functools import cache
 from statistics import fmean
 
 from data_prep.recall import Example, Span, Task, find_task
+from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
 from infini_ds.evaluation.result_cache import ResultCache
-from infini_ds.evaluation.scoring import answered, batch_of, batches_by_length, settings
+from infini_ds.evaluation.scoring import answered, batches_by_length, settings
 from infini_ds.utils.progress import ProgressBar
 
 TASKS = ("passkey", "pairs,queries=4", "variables", "question,order=first", "question,order=last")
@@ -92,9 +93,8 @@ def _accuracies(subject: EvaluatedModel, task: Task, number: int, seed: int, tok
         for batch in collectives.split_across_ranks(batches):
             # The memory of another document is that of the next example, whose facts are others.
             others = [(i + 1) % number for i in batch] if memory == "other" else []
-            both = batch_of([rows[i] for i in batch + others])
-            own = {name: values[: len(batch)] for name, values in both.items()}
-            other = {name: values[len(batch) :] for name, values in both.items()} if others else None
+            both = pad_documents([rows[i] for i in batch + others])
+            own, other = both[: len(batch)], both[len(batch) :] if others else None
             right.append(answered(subject.model, own, [answers[i] for i in batch], memory, other))
         accuracy[memory] = fmean(each for batch in collectives.gather_items(right) for row in batch for each in row)
     return {

@@ -3,14 +3,12 @@
 Shapes: B rows, T tokens in a row, V vocabulary.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_ds.data.batches import micro_batches
+from infini_ds.data.batches import Batch, ModelInputs, pad_documents
 from infini_ds.evaluation.model_loading import has_memory
 from infini_ds.model.loss import IGNORE_INDEX
 
@@ -27,22 +25,6 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None if has_memory(model) else getattr(model.config, "max_position_embeddings", None)
 
 
-def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Rows of tokens, each a document, padded at their ends."""
-    T = max(map(len, rows))
-    input_ids = torch.zeros(len(rows), T, dtype=torch.long)
-    for row, ids in zip(input_ids, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    mask = torch.arange(T) < torch.tensor([len(ids) for ids in rows])[:, None]
-    labels = input_ids.masked_fill(~mask, IGNORE_INDEX)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.long(),
-        "document_ids": torch.zeros_like(input_ids),
-        "labels": labels,
-    }
-
-
 def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
     """Numbers of rows in batches of up to `tokens`, padding included, or of one row; rows of like length together."""
     batches: list[list[int]] = []
@@ -57,7 +39,7 @@ def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
 
 @torch.no_grad()
 def token_losses(
-    model: PreTrainedModel, batch: dict[str, Tensor], memory: str = "on", other: dict[str, Tensor] | None = None
+    model: PreTrainedModel, batch: Batch, memory: str = "on", other: Batch | None = None
 ) -> Tensor:
     """-log p of each token behind the first, (B, T - 1) on the model's device; 0 where the label does not count.
 
@@ -70,34 +52,34 @@ def token_losses(
         return _losses_in_windows(model, batch)
     part, options = _with_other(model, batch, memory, other)
     output = model(**part, **options, loss_reduction="none", return_logits=False)
-    return output.loss[: len(batch["input_ids"])]
+    return output.loss[: len(batch)]
 
 
 def _with_other(
-    model: PreTrainedModel, batch: dict[str, Tensor], memory: str, other: dict[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict]:
+    model: PreTrainedModel, batch: Batch, memory: str, other: Batch | None
+) -> tuple[ModelInputs, dict]:
     """Arguments of the model for `batch`, with the rows of `other` behind its own where they are needed."""
     options = {"use_memory": memory != "off"}
     if memory == "other":
-        B = len(batch["input_ids"])
-        batch = {name: torch.cat([values, other[name]]) for name, values in batch.items()}
+        B = len(batch)
+        batch = batch + other
         options["memory_of"] = torch.arange(B, 2 * B, device=model.device).repeat(2)
-    (part,) = micro_batches(batch, len(batch["input_ids"]), model.device)
+    (part,) = batch.micro_batches(len(batch), model.device)
     return part, options
 
 
-def _losses_in_windows(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def _losses_in_windows(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Each document by itself, in windows of as many tokens as the model takes."""
-    ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+    ids, labels = batch.input_ids.to(model.device), batch.labels.to(model.device)
     pieces = _windows(batch, context_length(model))
     losses = torch.zeros(ids.shape[0], ids.shape[1] - 1, device=model.device)
     longest = max(last - first for _, first, last in pieces)
     rows = max(1, LOGITS // (longest * model.config.vocab_size))
     for at in range(0, len(pieces), rows):
         some = pieces[at : at + rows]
-        part = batch_of([ids[row, first:last].tolist() for row, first, last in some])
+        part = pad_documents([ids[row, first:last].tolist() for row, first, last in some])
         logits = model(
-            input_ids=part["input_ids"].to(model.device), attention_mask=part["attention_mask"].to(model.device)
+            input_ids=part.input_ids.to(model.device), attention_mask=part.full_attention_mask().to(model.device)
         ).logits.float()
         for (row, first, last), of_piece in zip(some, logits, strict=True):
             targets = labels[row, first + 1 : last + 1]  # the token behind the piece too, if there is one
@@ -107,13 +89,11 @@ def _losses_in_windows(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tens
     return losses
 
 
-def _windows(batch: dict[str, Tensor], most: int | None) -> list[tuple[int, int, int]]:
+def _windows(batch: Batch, most: int | None) -> list[tuple[int, int, int]]:
     """(row, first, last) of every document's windows of up to `most` tokens."""
     pieces = []
-    for row, (mask, documents) in enumerate(zip(batch["attention_mask"], batch["document_ids"], strict=True)):
-        length = int(mask.sum())
-        starts = [0, *(documents[1:length] != documents[: length - 1]).nonzero().flatten().add(1).tolist(), length]
-        for start, end in pairwise(starts):
+    for row, spans in enumerate(batch.document_spans()):
+        for start, end in spans:
             step = most or end - start
             pieces += [(row, first, min(first + step, end)) for first in range(start, end, step)]
     return pieces
@@ -122,10 +102,10 @@ def _windows(batch: dict[str, Tensor], most: int | None) -> list[tuple[int, int,
 @torch.no_grad()
 def answered(
     model: PreTrainedModel,
-    batch: dict[str, Tensor],
+    batch: Batch,
     answers: list[list[tuple[int, int]]],
     memory: str = "on",
-    other: dict[str, Tensor] | None = None,
+    other: Batch | None = None,
 ) -> list[list[bool]]:
     """Whether each token of each answer is the likeliest one behind all before it, which is whether greedy decoding
     gives the answer. A model with a longest context sees the end of what comes before, as much as it takes.
@@ -142,14 +122,14 @@ def answered(
         likeliest = model.lm_head(hidden[row, at - 1]).argmax(-1).cpu()
     else:
         likeliest = _likeliest_in_window(model, batch, answers)[row, at - 1]
-    hits = (likeliest == batch["input_ids"][row, at]).tolist()
+    hits = (likeliest == batch.input_ids[row, at]).tolist()
     right = {place for place, hit in zip(places, hits, strict=True) if hit}
     return [[all((row, at) in right for at in range(*span)) for span in spans] for row, spans in enumerate(answers)]
 
 
-def _likeliest_in_window(model: PreTrainedModel, batch: dict[str, Tensor], answers: list) -> Tensor:
+def _likeliest_in_window(model: PreTrainedModel, batch: Batch, answers: list) -> Tensor:
     """(B, T) the likeliest token behind each one of the model's last window, on the CPU."""
-    ids, likeliest = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORE_INDEX)
+    ids, likeliest = batch.input_ids, torch.full_like(batch.input_ids, IGNORE_INDEX)
     for row, spans in enumerate(answers):
         last = spans[-1][1] - 1
         first = max(0, last - (context_length(model) or last))

@@ -13,12 +13,13 @@ from packaging.specifiers import SpecifierSet
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import Recipe
 from infini_ds.config.resolve import resolve
-from infini_ds.data.sources import Source
+from infini_ds.data.sources import DataSource
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.planning.memory_estimate import parameters
-from infini_ds.streaming_compat.shards import UNFINISHED, is_whole
-from infini_ds.streaming_compat.shared_memory import SHM, find_kept, remove_stale
+from infini_ds.streaming_compat.shm_prefix import SHM
+from infini_ds.streaming_compat.stale_memory import find_shared_files, remove_stale
+from infini_ds.streaming_compat.stream import UNFINISHED, is_intact
 from infini_ds.utils.errors import UserError
 
 MIB = 2**20
@@ -63,8 +64,8 @@ def check_versions(installed=version) -> Iterator[Finding]:
 
 def check_shared_memory(fix: bool) -> Iterator[Finding]:
     """Segments and file locks of streaming, by owner, and whether that owner lives."""
-    kept = find_kept()
-    living = sum(one.living and bool(_in_shm(one.files)) for one in kept)
+    kept = find_shared_files()
+    living = sum(one.in_use and bool(_in_shm(one.files)) for one in kept)
     users = sorted({one.owner for one in kept if one.stale})
     for user in users:
         stale = [one for one in kept if one.stale and one.owner == user]
@@ -87,7 +88,7 @@ def _in_shm(files: tuple[Path, ...]) -> list[Path]:
 
 
 def check_room_in_shm(
-    sources: list[Source], shape: BatchShape, workers: int, ranks: int, folder: Path = SHM
+    sources: list[DataSource], shape: BatchShape, workers: int, ranks: int, folder: Path = SHM
 ) -> Iterator[Finding]:
     """streaming keeps the order of an epoch there, and workers hand over their batches there."""
     rows = sum(shard["samples"] for source in sources for shard in source.shards("train"))
@@ -104,7 +105,7 @@ def check_room_for_run(recipe: Recipe, config: InfiniGPTNeoConfig) -> Iterator[F
     )
 
 
-def check_room_for_data(recipe: Recipe, sources: list[Source], cache_limit: int | None) -> Iterator[Finding]:
+def check_room_for_data(recipe: Recipe, sources: list[DataSource], cache_limit: int | None) -> Iterator[Finding]:
     """Room to expand shards where they lie, or to fetch them."""
     for source in sources:
         remedy = f"make room, or read it through data.cache on another disk: file://{source.folder.resolve()}"
@@ -146,7 +147,7 @@ def _room(check: str, folder: Path, need: int, remedy: str) -> Finding:
     return Finding(check, "ok", sizes)
 
 
-def check_shards(source: Source, fix: bool) -> Iterator[Finding]:
+def check_shards(source: DataSource, fix: bool) -> Iterator[Finding]:
     """Every shard that lies here against the hashes of its index."""
     checked, size, bad = 0, 0, False
     for split in ("train", "validation"):
@@ -154,7 +155,7 @@ def check_shards(source: Source, fix: bool) -> Iterator[Finding]:
             infos = [info for info in (shard["raw_data"], shard["zip_data"]) if info]
             files = {source.folder / split / info["basename"]: info for info in infos}
             there = {file: info for file, info in files.items() if file.is_file()}
-            whole = [file for file, info in there.items() if is_whole(file, info["bytes"], info["hashes"])]
+            whole = [file for file, info in there.items() if is_intact(file, info["bytes"], info["hashes"])]
             checked, size = checked + bool(there), size + sum(info["bytes"] for info in there.values())
             damaged = [file for file in there if file not in whole]
             for file in damaged:
@@ -181,7 +182,7 @@ def check_shards(source: Source, fix: bool) -> Iterator[Finding]:
         )
 
 
-def check_unfinished(source: Source, fix: bool) -> Iterator[Finding]:
+def check_unfinished(source: DataSource, fix: bool) -> Iterator[Finding]:
     """Files that a killed process was writing."""
     files = [*source.folder.rglob(f"*{UNFINISHED}*"), *source.folder.rglob("*.mds.tmp")]
     old = [file for file in files if time.time() - file.stat().st_mtime > ABANDONED]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.recipe import OptimizerRecipe, Recipe
+from infini_ds.config.recipe import OptimizerSection, Recipe
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.memory_rule import get_memory_rule
@@ -53,7 +53,7 @@ def connect(process: DistEnv, timeout_minutes: float) -> None:
         ) from error
 
 
-def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerRecipe) -> list[dict]:
+def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection) -> list[dict]:
     """Matrices, the embeddings among them (the input embedding is the output layer's matrix too): weight decay.
     Biases and norms: none. Gates: none, and their own learning rate. A memory rule names the group of its parameters.
     """

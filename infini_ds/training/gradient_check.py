@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_ds.data.batches import micro_batches
+from infini_ds.data.batches import Batch
 from infini_ds.training.setup import Training
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import get_rng_states, set_rng_states
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 SMALL = 1e-3  # of the norm of the whole gradient: what a parameter's own may be off by in any case, times the tolerance
 
 
-def check_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, states: dict) -> None:
+def check_gradients(run: Training, batch: Batch, items: Tensor, states: dict) -> None:
     """Between the last backward pass of a step and the optimizer, on all ranks: compute the step's gradient again.
 
     It takes the time of one more step, and memory for the model once more and its whole gradient in fp32.
@@ -51,7 +51,7 @@ def check_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, stat
         )
 
 
-def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, states: dict) -> dict[str, Tensor]:
+def unsharded_gradients(run: Training, batch: Batch, items: Tensor, states: dict) -> dict[str, Tensor]:
     """The gradient of the whole step by parameter, fp32, the same on every rank: each computes its own rows with a copy
     of the model, and the sums go over the ranks.
     """
@@ -65,7 +65,7 @@ def unsharded_gradients(run: Training, batch: dict[str, Tensor], items: Tensor, 
     set_rng_states(states)
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in copy.named_parameters()}
     lowered = torch.autocast(device.type, engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled())
-    for micro_batch in micro_batches(batch, shape.micro_rows, device):
+    for micro_batch in batch.micro_batches(shape.micro_rows, device):
         with lowered:
             loss = copy(**micro_batch, num_items_in_batch=items).loss
         loss.backward()

@@ -9,7 +9,6 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState
@@ -17,12 +16,12 @@ from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import Recipe
 from infini_ds.config.resolve import resolve
 from infini_ds.config.resume import check_same_run
-from infini_ds.data.sources import Source
+from infini_ds.data.sources import DataSource
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
-from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.model_builder import build_model, fitting_block
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
@@ -97,7 +96,15 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     if process.is_first:
         describe_run(recipe, sources, data)
     with one_start_at_a_time(process.local_rank == 0):
-        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, run.cache_limit)
+        stream = TrainingStream(
+            sources,
+            shape.rank_rows,
+            recipe.data.seed,
+            recipe.data.workers,
+            run.cache_limit,
+            data_rank=process.rank,
+            data_size=process.world_size,
+        )
         validation = ValidationRows(sources)
     model = build_model(recipe, config, schedule)
     engine = build_engine(model, recipe, ds_config)
@@ -110,11 +117,11 @@ def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
     )
 
 
-def describe_run(recipe: Recipe, sources: list[Source], data: dict) -> None:
+def describe_run(recipe: Recipe, sources: list[DataSource], data: dict) -> None:
     """Write into the run's folder what it is: its recipe, and the data's fingerprint, manifests and tokenizer."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
     partial = recipe.folder / "recipe.yaml.partial"
-    OmegaConf.save(OmegaConf.structured(recipe), partial)
+    partial.write_text(recipe.to_yaml())
     os.replace(partial, recipe.folder / "recipe.yaml")
     streams = [
         {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, fsync_dir, read_manifest
-from infini_ds.data.batches import blank_rows
+from infini_ds.data.batches import Batch
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.setup import Training
@@ -62,12 +62,13 @@ class Stability:
         self._went_back = _of_first_rank(lambda: _read_lines(self._folder / PASSED_OVER))
         self._recent = deque(maxlen=self.recipe.spike_batches)  # steps, and this rank's row numbers
 
-    def without_passed_over(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with the rows blank that the run passes over."""
-        self._recent.append((self.run.state.step + 1, batch["row_numbers"].tolist()))
-        if not self._went_back:
-            return batch
-        return blank_rows(batch, {row for line in self._went_back for row in line["rows"]})
+    @property
+    def rows_to_skip(self) -> frozenset[int]:
+        return frozenset(row for line in self._went_back for row in line["rows"])
+
+    def record_rows(self, batch: Batch) -> None:
+        """Keep the row numbers of the batch of the next step, for a rollback to skip."""
+        self._recent.append((self.run.state.step + 1, batch.row_numbers))
 
     def judge(self, share: Tensor, predicted: Tensor, stop: GracefulShutdown) -> StepDecision:
         """Let all ranks know of each other what they have to know before the optimizer steps.

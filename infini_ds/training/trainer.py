@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.data.batches import micro_batches, predicted_tokens
+from infini_ds.data.batches import Batch
+from infini_ds.data.skip_rows import SkipRows
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.training.gradient_check import check_gradients
 from infini_ds.training.metrics_logger import MetricsLogger
@@ -41,12 +42,14 @@ def make_steps(run: Training, guard: Stability, progress: ProgressBar, stop: Gra
     recipe, state, trouble = run.recipe, run.state, None
     tokens = run.shape.rows * run.sequence_length
     with MetricsLogger(run, progress) as recorder:
-        batches = iter(run.stream)
+        batches = iter(SkipRows(run.stream, guard.rows_to_skip))
         if validation_is_due(run):
             validate(run, recorder, stop)
         while state.step < recipe.steps and not stop.agreed:
             rates = run.engine.get_lr()
-            verdict, memory = train_step(run, guard.without_passed_over(next(batches)), guard, stop)
+            batch = next(batches)
+            guard.record_rows(batch)
+            verdict, memory = train_step(run, batch, guard, stop)
             state.step += 1
             state.tokens += tokens
             trouble = guard.note(verdict, recorder)
@@ -71,7 +74,7 @@ def make_steps(run: Training, guard: Stability, progress: ProgressBar, stop: Gra
     return trouble
 
 
-def train_step(run: Training, batch: dict, guard: Stability, stop: GracefulShutdown) -> tuple[StepDecision, tuple]:
+def train_step(run: Training, batch: Batch, guard: Stability, stop: GracefulShutdown) -> tuple[StepDecision, tuple]:
     """One optimizer step on this rank's rows, unless the verdict on it is to skip it; returns that, and the last rows'
     memory.
 
@@ -81,13 +84,13 @@ def train_step(run: Training, batch: dict, guard: Stability, stop: GracefulShutd
     from infini_ds.training.engine import step  # DeepSpeed, which takes seconds: once the recipe is checked
 
     shape, device = run.shape, run.process.device
-    tokens = torch.tensor(predicted_tokens(batch), device=device)
+    tokens = torch.tensor(batch.predicted_tokens, device=device)
     dist.all_reduce(tokens)
     parts = shape.data_size * shape.accumulation
     items = tokens.clamp(min=1) / parts  # of none, if all of its rows are passed over
     states = get_rng_states() if guard.checks_gradients else None
     share = torch.zeros((), device=device)
-    for number, micro_batch in enumerate(micro_batches(batch, shape.micro_rows, device), 1):
+    for number, micro_batch in enumerate(batch.micro_batches(shape.micro_rows, device), 1):
         output = run.engine(**micro_batch, num_items_in_batch=items)
         run.engine.backward(output.loss)
         share += output.loss.detach().float() / parts

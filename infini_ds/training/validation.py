@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_ds.data.batches import micro_batches
 from infini_ds.data.streams import ValidationRows
 from infini_ds.model import InfiniGPTNeoForCausalLM
 
@@ -53,10 +52,10 @@ def position_losses(
         batch = next(batches, None)
         if batch is None:  # another rank has one more
             continue
-        T = batch["input_ids"].shape[1]
+        T = batch.input_ids.shape[1]
         if total is None:
             total = torch.zeros(2, T - 1, dtype=torch.float64, device=model.device)
-        for part in micro_batches(batch, micro_rows, model.device):
+        for part in batch.micro_batches(micro_rows, model.device):
             output = model(**part, use_memory=use_memory, loss_reduction="none", return_logits=False)
             total[0] += output.loss.double().sum(0)
             total[1] += (part["labels"][:, 1:] != -100).sum(0)

@@ -16,8 +16,13 @@ PACKAGES = ("infini_ds", "data_prep")
 FILE_FORMAT = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
 FILE_ONLY = {"file_only": True}  # logger.info(sentence, extra=FILE_ONLY): for the log file, as the terminal has a bar
 
+
+def _new_console() -> Console:
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 # One console for messages and progress bars, so that messages appear above a bar. It looks up its stream at each print.
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+console = _new_console()
 
 
 class _TerminalHandler(logging.Handler):
@@ -48,6 +53,13 @@ def setup_logging(stderr: bool = False) -> None:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def use_new_console() -> None:
+    """Let this process, a fork, print its messages without the progress bar and the lock that it copied."""
+    global console
+    stderr, console = console.stderr, _new_console()
+    console.stderr = stderr
 
 
 @contextmanager

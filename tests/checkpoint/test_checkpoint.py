@@ -26,9 +26,9 @@ from infini_ds.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
-from infini_ds.config.recipe import CheckpointRecipe, load_recipe
+from infini_ds.config.recipe import CheckpointSection, load_recipe
+from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import TrainingStream
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
@@ -195,7 +195,7 @@ def test_the_last_the_round_and_the_best_are_kept(shards, tmp_path):
 def test_what_is_kept(marks, keep_last, keep_every):
     steps = sorted(marks)
     written = [CheckpointManifest(TrainState(step, 0, step, marks[step]), 1, "", "", {}) for step in steps]
-    kept = steps_to_keep(written, CheckpointRecipe(keep_last=keep_last, keep_every=keep_every, keep_best=True))
+    kept = steps_to_keep(written, CheckpointSection(keep_last=keep_last, keep_every=keep_every, keep_best=True))
     assert set(steps[-keep_last:]) <= kept <= set(steps)
     judged = [loss for loss in marks.values() if loss is not None]
     assert not judged or min(judged) in [marks[step] for step in kept]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from infini_ds.config.batch_shape import batch_shape
 from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.recipe import BatchRecipe, Recipe, ScheduleRecipe, load_recipe
+from infini_ds.config.recipe import BatchSection, Recipe, ScheduleSection, load_recipe
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.model.presets import PRESETS, preset_config
 from infini_ds.planning.hardware import training_flops_per_token
@@ -170,7 +170,7 @@ def test_mistakes_in_deepspeed_json(change, words, tmp_path):
 
 @given(rows=st.integers(1, 64), world_size=st.integers(1, 8), micro_rows=st.integers(1, 16))
 def test_batch_is_divided_without_rest(rows, world_size, micro_rows):
-    batch = BatchRecipe(rows=rows, micro_rows=micro_rows)
+    batch = BatchSection(rows=rows, micro_rows=micro_rows)
     if rows % world_size:
         with pytest.raises(UserError, match="cannot be divided"):
             batch_shape(batch, 128, world_size)
@@ -181,14 +181,14 @@ def test_batch_is_divided_without_rest(rows, world_size, micro_rows):
 
 
 def test_batch_in_tokens():
-    assert batch_shape(BatchRecipe(tokens=1000, micro_rows=4), 256, 1).rows == 3
+    assert batch_shape(BatchSection(tokens=1000, micro_rows=4), 256, 1).rows == 3
     with pytest.raises(UserError, match="less than one row"):
-        batch_shape(BatchRecipe(tokens=100), 256, 1)
+        batch_shape(BatchSection(tokens=100), 256, 1)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
 def test_schedule(kind):
-    schedule = ScheduleRecipe(kind=kind, warmup_steps=10, decay_steps=20 if kind == "wsd" else 0, final_ratio=0.1)
+    schedule = ScheduleSection(kind=kind, warmup_steps=10, decay_steps=20 if kind == "wsd" else 0, final_ratio=0.1)
     rates = [factor(schedule, 100, step) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert all(a >= b for a, b in pairwise(rates[9:]))
@@ -196,7 +196,7 @@ def test_schedule(kind):
     if kind == "wsd":
         assert rates[80] == 1.0 and rates[90] == pytest.approx(0.55)
     assert gate_factor(schedule, 100, 0) == 1.0  # no warm-up for gates
-    constant = ScheduleRecipe(kind=kind, warmup_steps=10, decay_steps=20, gates="constant")
+    constant = ScheduleSection(kind=kind, warmup_steps=10, decay_steps=20, gates="constant")
     assert gate_factor(constant, 100, 99) == 1.0
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, environment, pretrain
+from infini_ds.streaming_compat.shards import ShardStream, is_whole
+from infini_ds.streaming_compat.shared_memory import SHM, find_kept, one_start_at_a_time, remove_stale
 from ranks import choose, read
 
 from data_prep.prepare import PrepareOptions, prepare
 from infini_ds.data.sources import check_cache_limit, find_sources
 from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows
 from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.streaming_compat.shards import ShardStream, is_whole
-from infini_ds.streaming_compat.shared_memory import SHM, find_kept, one_start_at_a_time, remove_stale
 from infini_ds.utils.errors import UserError
 
 RANKS = ROOT / "tests" / "support" / "ranks.py"
@@ -278,7 +278,7 @@ def test_remote_shards_through_a_bounded_cache(copy, many, tmp_path):
     stream, used = iter(open_stream(remote, rows=2, cache=cache, cache_limit=limit)), []
     for expected in whole:
         batch = next(stream)
-        assert batch["row_numbers"].tolist() == [number for number, _ in expected]
+        assert batch.row_numbers == [number for number, _ in expected]
         used.append(sum(map(size, cached(cache, "*.mds*") + cached(cache, "index.json"))))
     assert max(used) <= limit + largest < sum(shard["raw_data"]["bytes"] for shard in shards)
     assert not list(copy.rglob("*.mds"))  # nothing was written there

@@ -221,8 +221,8 @@ def test_the_loss_is_taken_over_the_answers(tmp_path):
     rows = read_rows(out / "train")
     batch = collate([encode_row(row) | {"row": number} for number, row in enumerate(rows)])
     learned = torch.from_numpy(np.stack([row.learned for row in rows]))
-    assert torch.equal(batch["labels"] != IGNORE_INDEX, learned)
-    assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
+    assert torch.equal(batch.labels != IGNORE_INDEX, learned)
+    assert torch.equal(batch.labels[learned], batch.input_ids[learned])
     ends = [row.document_lengths.cumsum() for row in rows]
     parts = [part for row, end in zip(rows, ends, strict=True) for part in np.split(row.learned, end)]
     whole = [part for part in parts if len(part) == 18]  # documents that are not cut

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +13,15 @@ from reference import random_ids, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.export import export
 from infini_ds.conversion.locate import load_tokenizer, locate
-from infini_ds.data.batches import collate
-from infini_ds.data.sources import find_sources
+from infini_ds.data.batches import collate, pad_documents
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation import blimp, position, recall
 from infini_ds.evaluation.model_loading import load, model_sha256
 from infini_ds.evaluation.result_cache import ResultCache
-from infini_ds.evaluation.scoring import answered, batch_of, batches_by_length, token_losses
+from infini_ds.evaluation.scoring import answered, batches_by_length, token_losses
 from infini_ds.model import BlockSchedule
 from infini_ds.training.validation import position_losses
 from infini_ds.utils.errors import UserError
@@ -207,9 +208,9 @@ def test_loss_by_position_is_that_of_validation(evaluated, runs, shards):
         losses, labels = [], []
         for row in chosen:
             batch = collate([row])
-            batch.pop("row_numbers")
-            losses.append(model(**batch, use_memory=use_memory, loss_reduction="none").loss[0].detach())
-            labels.append(batch["labels"][0, 1:] != -100)
+            (inputs,) = batch.micro_batches(1, CPU)
+            losses.append(model(**inputs, use_memory=use_memory, loss_reduction="none").loss[0].detach())
+            labels.append(batch.labels[0, 1:] != -100)
         losses, counted = torch.stack(losses).double(), torch.stack(labels)
         measured = found["memory"][memory]
         assert measured["loss"] == pytest.approx((losses.sum() / counted.sum()).item(), abs=1e-5)
@@ -237,12 +238,13 @@ def test_memory_of_another_document_is_the_models_memory_of():
     """And rows with padding and documents of their own."""
     model = tiny_model(3, torch.float32)
     ids, others = random_ids(2, 21, 1), random_ids(2, 21, 2)
-    mine = batch_of([ids[0].tolist(), ids[1, :13].tolist()])
-    theirs = batch_of([others[0, :17].tolist(), others[1].tolist()])
-    theirs["document_ids"][0, 9:] = 1
+    mine = pad_documents([ids[0].tolist(), ids[1, :13].tolist()])
+    theirs = pad_documents([others[0, :17].tolist(), others[1].tolist()])
+    theirs = replace(theirs, document_ids=torch.zeros_like(theirs.input_ids))
+    theirs.document_ids[0, 9:] = 1
     losses = token_losses(model, mine, "other", theirs)
     for row in range(2):
-        pair = {name: torch.stack([mine[name][row], theirs[name][row]]) for name in mine}
+        (pair,) = (mine[row : row + 1] + theirs[row : row + 1]).micro_batches(2, CPU)
         alone = model(**pair, memory_of=torch.tensor([1, 1]), loss_reduction="none").loss[0]
         assert_close(losses[row], alone)
     assert not torch.allclose(losses, token_losses(model, mine))
@@ -272,12 +274,13 @@ def test_documents_of_rows_and_partners_that_share_none(shards):
 def test_a_foreign_model_sees_each_document_in_windows(gpt2):
     model = AutoModelForCausalLM.from_pretrained(gpt2).eval()
     ids = torch.randint(1, 512, (2, 61), generator=torch.Generator().manual_seed(0))
-    batch = batch_of([ids[0].tolist(), ids[1, :40].tolist()])
-    batch["document_ids"][0, 30:] = 1
+    batch = pad_documents([ids[0].tolist(), ids[1, :40].tolist()])
+    batch = replace(batch, document_ids=torch.zeros_like(batch.input_ids))
+    batch.document_ids[0, 30:] = 1
     losses = token_losses(model, batch)
     windows = {0: [(0, 24), (24, 30), (30, 54), (54, 61)], 1: [(0, 24), (24, 40)]}
     for row, pieces in windows.items():
-        length = int(batch["attention_mask"][row].sum())
+        length = int(batch.full_attention_mask()[row].sum())
         for first, last in pieces:
             with torch.no_grad():
                 log_p = model(ids[row : row + 1, first:last]).logits[0].log_softmax(-1)
@@ -304,7 +307,7 @@ def test_answered_is_what_greedy_decoding_gives(gpt2):
             rows.append(ids)
             answers.append([(T - seed, T - seed + 1), (T - seed, T - seed + 3)])
             expected.append([True, not wrong])
-        assert answered(model, batch_of(rows), answers) == expected
+        assert answered(model, pad_documents(rows), answers) == expected
 
 
 def test_recall_counts_segments_between_fact_and_question(exported):
@@ -368,7 +371,7 @@ def test_scores_of_sentences_depend_on_no_batch(exported, sentences):
         assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(len(rows[i]) for i in batch) <= tokens
-            together = token_losses(subject.model, batch_of([rows[i] for i in batch])).sum(1)
+            together = token_losses(subject.model, pad_documents([rows[i] for i in batch])).sum(1)
             assert_close(together, alone[batch], rtol=1e-5, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
-from infini_ds.config.recipe import OptimizerRecipe
+from infini_ds.config.recipe import OptimizerSection
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
 from infini_ds.model import loss as chunked_loss
 from infini_ds.model.presets import PRESETS, preset_config
@@ -652,7 +652,7 @@ def test_gates_reach_four_within_a_normal_run():
     for layer, wanted in zip(model.transformer.h, goal.transformer.h, strict=True):
         layer.attention.beta.data.zero_()
         wanted.attention.beta.data.copy_(torch.tensor([6.0, -6.0]))
-    groups = [g for g in parameter_groups(model, OptimizerRecipe()) if g["name"] == "gates"]
+    groups = [g for g in parameter_groups(model, OptimizerSection()) if g["name"] == "gates"]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     ids = random_ids(4, 24)
     with torch.no_grad():

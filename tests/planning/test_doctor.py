@@ -12,7 +12,7 @@ from harness import ROOT, TINY, call_script, environment
 
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import load_recipe
-from infini_ds.data.sources import find_sources
+from infini_ds.config.training_data import find_sources
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.planning import doctor
 from infini_ds.planning.doctor import check_room_in_shm, check_versions, examine

@@ -12,9 +12,9 @@ from harness import ROOT, call_script, environment, pretrain
 from reference import split_schedule
 from torch.profiler import ProfilerActivity, profile
 
+from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from infini_ds.data.sources import find_sources
+from infini_ds.config.training_data import find_sources
 from infini_ds.data.streams import TrainingStream
 
 
@@ -22,7 +22,7 @@ def choose(*streams: dict) -> list[SimpleNamespace]:
 def read(stream: TrainingStream, count: int) -> list[list[tuple[int, int]]]:
     """The next batches: of each row its number and a sum that tells its content."""
     return [
-        list(zip(batch["row_numbers"].tolist(), map(content, batch["input_ids"]), strict=True))
+        list(zip(batch.row_numbers, map(content, batch.input_ids), strict=True))
         for _, batch in zip(range(count), stream, strict=False)
     ]
 
@@ -37,7 +37,8 @@ def read_as_ranks(folder: str, streams: list[dict], rows: int, jobs: list[tuple]
     dist.init_process_group("gloo")
     done = []
     for state, workers, count in jobs:
-        stream = TrainingStream(find_sources("", choose(*streams), ""), rows // dist.get_world_size(), 3, workers)
+        sources, size = find_sources("", choose(*streams), ""), dist.get_world_size()
+        stream = TrainingStream(sources, rows // size, 3, workers, data_rank=rank, data_size=size)
         if state:
             stream.load_state_dict(state)
         done.append((read(stream, count), stream.state_dict()))

@@ -11,7 +11,7 @@ from harness import SHAPE, STEPS, start_ranks
 
 from infini_ds.checkpoint.manifest import complete_checkpoints, read_manifest
 from infini_ds.config.recipe import load_recipe
-from infini_ds.data.batches import blank_rows
+from infini_ds.data.batches import Batch
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.memory_diagnostics import MemoryDiagnostics
 from infini_ds.metrics.metric_writers import read_metrics
@@ -62,7 +62,7 @@ def pretrain(shards, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def batches(shards, tmp_path_factory) -> dict[int, dict]:
+def batches(shards, tmp_path_factory) -> dict[int, Batch]:
     """The global batches that the tests' recipe sees, by step."""
     where = [f"data.path={shards}", f"output={tmp_path_factory.mktemp('unused')}"]
     training = set_up(load_recipe(None, [*where, *SHAPE, *STEPS]), detect_environment())
@@ -85,9 +85,9 @@ def test_a_skipped_step_leaves_no_trace(kind, precision, own, pretrain, batches,
     if own:
         (tmp_path / "own.json").write_text(json.dumps(own))
         choices.append(f"deepspeed={tmp_path / 'own.json'}")
-    run = pretrain("faulty", *choices, fault=Fault(kind, batches[3]["input_ids"][1:2]))
+    run = pretrain("faulty", *choices, fault=Fault(kind, batches[3].input_ids[1:2]))
     assert losses(run) == losses(pretrain("without", *choices, without=[3]))[:7]
-    rows = batches[3]["row_numbers"].tolist()
+    rows = batches[3].row_numbers
     assert lines(run / "skipped.jsonl") == [{"step": 3, "reason": "loss", "ranks": [0], "rows": [rows]}]
     assert "step 3: the loss was not finite on rank 0, the step was skipped" in capsys.readouterr().out
     assert [
@@ -100,7 +100,7 @@ def test_two_ranks_go_back_and_a_kill_in_it_changes_nothing(pretrain, shards, ba
     """One row on one of two ranks in each of steps 6 and 7. Back to step 4, where both ranks die once the rows are
     written down; started again they pass over the two batches.
     """
-    bad = torch.cat([batches[6]["input_ids"][:1], batches[7]["input_ids"][3:]])
+    bad = torch.cat([batches[6].input_ids[:1], batches[7].input_ids[3:]])
     choices = [*SHAPE, *STEPS, "batch.micro_rows=1", "checkpoint.every=4", "stability.max_consecutive_skips=2"]
     arguments = [str(tmp_path / "fault.pt"), f"data.path={shards}", f"output={tmp_path}", "name=two", *choices]
     outputs = []
@@ -114,7 +114,7 @@ def test_two_ranks_go_back_and_a_kill_in_it_changes_nothing(pretrain, shards, ba
     assert [(line["step"], line["reason"]) for line in skipped] == [(6, "loss"), (7, "loss")]
     assert [len(line["ranks"]) for line in skipped] == [1, 1]
     (passed_over,) = lines(run / "passed_over.jsonl")
-    rows = batches[6]["row_numbers"].tolist() + batches[7]["row_numbers"].tolist()
+    rows = batches[6].row_numbers + batches[7].row_numbers
     assert (passed_over["from"], passed_over["back_to"]) == (7, 4)
     assert (
         passed_over["rows"]
@@ -127,7 +127,7 @@ def test_two_ranks_go_back_and_a_kill_in_it_changes_nothing(pretrain, shards, ba
 
 
 def test_a_spike_is_flagged_or_passed_over(pretrain, batches, capsys):
-    fault = Fault("spike", batches[11]["input_ids"])
+    fault = Fault("spike", batches[11].input_ids)
     choices = [
         "checkpoint.every=4",
         "stability.spike_window=5",
@@ -177,14 +177,6 @@ def test_dropout_falls_the_same_in_the_recompute(blocks, pretrain, monkeypatch):
     monkeypatch.setattr(gradient_check, "set_rng_states", lambda states: None)
     with pytest.raises(UserError, match=r"differs from an unsharded recompute by .* \(32 of 32 parameters do\)"):
         pretrain("other", "steps=4", *dropout, *blocks)
-
-
-def test_blank_rows_keep_shape_and_paths(batches):
-    batch, numbers = batches[1], batches[1]["row_numbers"].tolist()
-    blank = blank_rows(batch, {numbers[2]})
-    assert (blank["labels"][2] == -100).all() and not blank["document_ids"][2].any()
-    for name, values in batch.items():
-        assert torch.equal(blank[name][[0, 1, 3]], values[[0, 1, 3]]) and blank[name].shape == values.shape
 
 
 def test_the_memory_in_bad_health_gets_one_sentence(pretrain, capsys):

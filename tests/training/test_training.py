@@ -17,9 +17,8 @@ from infini_ds.checkpoint.manifest import complete_checkpoints
 from infini_ds.config.lr_schedule import factor, gate_factor
 from infini_ds.config.model_config import block_schedule, model_config
 from infini_ds.config.recipe import load_recipe
+from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.batches import micro_batches, predicted_tokens
-from infini_ds.data.sources import find_sources
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.training.engine import parameter_groups
@@ -60,14 +59,14 @@ def reference(shards) -> tuple[list[float], dict[str, torch.Tensor]]:
         for group, peak, by in zip(optimizer.param_groups, peaks, factors, strict=True):
             group["lr"] = peak * by
         batch = next(batches)
-        (whole,) = micro_batches(batch, recipe.batch.rows, "cpu")
+        (whole,) = batch.micro_batches(recipe.batch.rows, "cpu")
         loss = model(**whole).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), choice.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
         curve.append(loss.item())
-        assert predicted_tokens(batch) == recipe.batch.rows * 255
+        assert batch.predicted_tokens == recipe.batch.rows * 255
     return curve, model.state_dict()
 
 
