@@ -24,7 +24,7 @@ from rich.table import Table
 from infini_ds.benchmarks.contenders import OTHERS, Shape, check_name
 from infini_ds.benchmarks.measure import Plan, run, summarize
 from infini_ds.distributed.entry_point import run_main
-from infini_ds.evaluation.plots import speed_and_memory
+from infini_ds.evaluation.plots import plot_speed_and_memory
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
 
@@ -94,7 +94,7 @@ def main() -> None:
     else:
         summary = summarize(plan, figures, "tokens_per_s")
         console.print(training_table(summary))
-        speed_and_memory(summary, args.out / "training.png")
+        plot_speed_and_memory(summary, args.out / "training.png")
     console.print(f"Written to {args.out}")
 
 

@@ -46,7 +46,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def abort(error: Exception) -> NoReturn:
-    """Print the error of this rank, and exit with code 1. Joins no threads or data workers: they may wait for others."""
+    """Print this rank's error and exit with code 1, without joining threads and workers that may wait for others."""
     rank = os.environ["RANK"]
     if is_communication_error(error):
         missing = ", ".join(map(str, missing_ranks())) or "another one, which answers again"

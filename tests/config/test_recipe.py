@@ -244,7 +244,7 @@ def test_sizes_that_no_model_has_get_a_sentence(override):
 @pytest.mark.parametrize("output", ["a-file", "/proc/nothing"])
 def test_a_folder_that_cannot_be_written_gets_a_sentence(output, tmp_path):
     (tmp_path / "a-file").touch()
-    with pytest.raises(UserError, match=r"cannot be written \(.*\): choose another output="):
+    with pytest.raises(UserError, match=r"cannot be written \(.*\): choose another output folder"):
         acquire_run_lock(load_recipe(None, ["batch.rows=4", f"output={tmp_path / output}"]).folder)
 
 

@@ -20,7 +20,7 @@ from infini_ds.config.recipe import OptimizerSection
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoModel
 from infini_ds.model import loss as chunked_loss
 from infini_ds.model.presets import PRESETS, preset_config
-from infini_ds.training.engine import parameter_groups
+from infini_ds.training.optimizer_groups import parameter_groups
 
 few = settings(deadline=None, max_examples=25, derandomize=True)
 many = settings(deadline=None, max_examples=60, derandomize=True)

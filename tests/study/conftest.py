@@ -5,17 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import SHAPE, call_script
+from harness import SHAPE, build, call_script
 
-from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed import environment as distributed_environment
-from infini_ds.distributed.environment import detect_environment
 from infini_ds.study.commands import Scripts, StudyCommands
 from infini_ds.study.grid import expand
 from infini_ds.study.local_runner import ChildProcesses, execute_run
 from infini_ds.study.study_config import load_study
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
 
 SCRIPTS = Scripts(Path("launch/pretrain.py"), Path("launch/convert.py"), Path("launch/evaluate.py"))
 
@@ -32,8 +28,9 @@ class InThisProcess(ChildProcesses):
         if arguments[1] == str(SCRIPTS.pretrain):
             at = arguments.index("--config") if "--config" in arguments else None
             overrides = list(arguments[2 if at is None else at + 2 :])
-            training = set_up(load_recipe(at and arguments[at + 1], overrides), detect_environment())
-            return 0 if train(training) else 75
+            trainer = build(*overrides, config=at and arguments[at + 1])
+            assert trainer is not None, "the run is complete"
+            return 0 if trainer.fit() else 75
         call_script(*arguments[1:])
         return 0
 

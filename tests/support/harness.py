@@ -11,13 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from forks import Fork
 
 from infini_ds.config.recipe import load_recipe
+from infini_ds.config.resolve import resolve
 from infini_ds.distributed import environment as distributed_environment
-from infini_ds.distributed.environment import detect_environment
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
+from infini_ds.distributed.environment import DistEnv, detect_environment
+from infini_ds.distributed.process_group import connect
+from infini_ds.training.setup import build_trainer
+from infini_ds.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,13 +86,27 @@ STEPS = [
 TINY = SHAPE + STEPS
 
 
+def join_ranks(environment: DistEnv) -> None:
+    """Open the process group of this process, a single rank, which stays open for the tests that follow."""
+    if not dist.is_initialized():
+        connect(environment, timeout_minutes=30).__enter__()
+
+
+def build(*overrides: str, config: str | None = None) -> Trainer | None:
+    """Return the trainer of a recipe in this process, as launch/pretrain.py builds it; None if the run is complete."""
+    environment = detect_environment()
+    recipe = load_recipe(config, list(overrides))
+    run = resolve(recipe, environment)
+    join_ranks(environment)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    return build_trainer(run)
+
+
 def pretrain(shards: Path, output: Path, name: str, *overrides: str, shape: list[str] = SHAPE) -> None:
     """Train a tiny model in this process, as launch/pretrain.py does."""
-    where = [f"data.path={shards}", f"output={output}", f"name={name}"]
-    recipe = load_recipe(None, [*where, *shape, *STEPS, *overrides])
-    training = set_up(recipe, detect_environment())
-    assert training is not None, "the run is finished"
-    train(training)
+    trainer = build(f"data.path={shards}", f"output={output}", f"name={name}", *shape, *STEPS, *overrides)
+    assert trainer is not None, "the run is complete"
+    trainer.fit()
 
 
 def free_port() -> str:

@@ -93,13 +93,13 @@ def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
         half = [f"{folder.name} with {has} files" for folder, has in half_written(run, since).items()]
         good = complete_checkpoints(run)
         while_saving += bool(half)
-        passed_over += "is not finished" in output
+        passed_over += "is incomplete" in output
         print(
             f"kill {number + 1}, {kind}: {len(losses(run))} of {steps} steps recorded, "
             f"{good[-1].name if good else 'no checkpoint'} stands, {', '.join(half) or 'none'} half done",
             flush=True,
         )
-    passed_over += "is not finished" in run_ranks(RANKS, *arguments, "name=killed")
+    passed_over += "is incomplete" in run_ranks(RANKS, *arguments, "name=killed")
 
     a, b = (load_model(locate(folder)).state_dict() for folder in (run, tmp_path / "whole"))
     equal = [name for name in a if torch.equal(a[name], b[name])]

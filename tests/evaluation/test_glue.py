@@ -1,4 +1,4 @@
-"""The classification head against GPT-Neo's and the causal model; fine-tuning on tasks in the form of GLUE."""
+"""The glue task: fine-tuning on small tasks in the format of GLUE, its texts, its metrics, mistakes in its data."""
 
 import json
 import random
@@ -8,159 +8,38 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import call_script
-from reference import TINY, random_ids, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GPTNeoForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from infini_ds.conversion.export import write_folder
-from infini_ds.distributed import environment as processes
+from infini_ds.distributed import environment
+from infini_ds.evaluation.evaluation_file import read_evaluation
 from infini_ds.evaluation.finetuning import (
+    BestEvaluation,
     FineTuning,
     classifier_of,
     finetune,
     metrics,
+    parse_settings,
     predict,
-    settings_of,
     train_step,
 )
-from infini_ds.evaluation.glue import TASKS
-from infini_ds.evaluation.glue_texts import load, shortened, texts_of, thinned, tokenized
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification
+from infini_ds.evaluation.glue_texts import evenly_spaced, load_split, split_of, tokenize, truncate
+from infini_ds.evaluation.task import TidyRow
+from infini_ds.evaluation.tasks.glue import GLUE_TASKS
+from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.progress import ProgressBar
 
-exact = {"rtol": 1e-9, "atol": 1e-11}
-
-
-def classifier(labels: int = 3, **fields) -> InfiniGPTNeoForSequenceClassification:
-    """A tiny model in fp64 with all weights, gates and the head away from their starts."""
-    body = tiny_model(**fields)
-    body.config.num_labels = labels
-    model = InfiniGPTNeoForSequenceClassification(body.config).double()
-    model.transformer.load_state_dict(body.transformer.state_dict())
-    model.block_schedule = body.block_schedule
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
-    return model.eval()
-
-
-# ---- the head
-
-
-@pytest.mark.parametrize(
-    ("labels", "problem", "goal"),
-    [
-        (3, "single_label_classification", torch.tensor([2, 0, 1])),
-        (1, "regression", torch.tensor([0.3, -1.0, 2.0])),
-        (3, "multi_label_classification", torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])),
-    ],
-)
-def test_one_segment_is_gpt_neos_classifier(tmp_path, labels, problem, goal):
-    """Logits, loss and gradients, with weights that GPT-Neo saved, and the loss that its labels ask for."""
-    torch.manual_seed(0)
-    layers = {"hidden_size": 16, "num_heads": 2, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
-    config = GPTNeoConfig(
-        vocab_size=50, max_position_embeddings=16, window_size=4, num_labels=labels, pad_token_id=0, **layers
-    )
-    theirs = GPTNeoForSequenceClassification(config)
-    theirs.save_pretrained(tmp_path)
-    ours = InfiniGPTNeoForSequenceClassification.from_pretrained(tmp_path, segment_length=16)
-    ids = random_ids(3, 11)
-    ids[1, 7:] = 0
-    results = []
-    for model in (theirs, ours):
-        out = model(ids, attention_mask=(ids != 0).long(), labels=goal)
-        out.loss.backward()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "beta" not in name}
-        results.append((out.logits, out.loss, grads))
-        assert model.config.problem_type == problem
-    assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert len(results[0][2]) == len(dict(theirs.named_parameters()))
-
-
-@pytest.mark.parametrize("segments_per_block", [None, 2])
-def test_padding_on_either_side_gives_what_each_row_alone_gives(segments_per_block):
-    model, lengths, T = classifier(segments_per_block=segments_per_block), (1, 4, 11, 14), 14
-    rows = [random_ids(1, length, seed=length) for length in lengths]
-    with torch.no_grad():
-        alone = torch.cat([model(row).logits for row in rows])
-        for side in (lambda gap: (gap, 0), lambda gap: (0, gap), lambda gap: (gap // 2, gap - gap // 2)):
-            ids, mask = (
-                torch.cat([F.pad(x, side(T - x.shape[1]), value=pad) for x in tensors])
-                for tensors, pad in ((rows, 7), ([torch.ones_like(row) for row in rows], 0))
-            )
-            assert_close(model(ids, attention_mask=mask).logits, alone, **exact)
-        assert (model(ids, attention_mask=torch.zeros_like(mask)).logits == 0).all()
-
-
-def test_the_memory_is_read_and_its_gates_learn():
-    """An early token changes the logits of a text of four segments by way of the memory alone."""
-    model, ids = classifier(), random_ids(2, 15)
-    other = ids.clone()
-    other[:, 0] = (other[:, 0] + 1) % model.config.vocab_size
-    with torch.no_grad():
-        assert (model(ids).logits - model(other).logits).abs().max() > 1e-4
-        assert torch.equal(model(ids, use_memory=False).logits, model(other, use_memory=False).logits)
-    model(ids, labels=torch.tensor([0, 2])).loss.backward()
-    assert all((layer.attention.beta.grad != 0).all() for layer in model.transformer.h)
-
-
-@pytest.mark.parametrize("options", [{}, {"checkpoint_layers": True}, {"offload_states": True}])
-def test_gradient_checkpointing_changes_nothing(options):
-    ids, goal = random_ids(2, 15), torch.tensor([0, 2])
-    grads = []
-    for model in (classifier(), classifier(segments_per_block=1, **options)):
-        if grads:
-            model.gradient_checkpointing_enable()
-        model.train()(ids, labels=goal).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-    assert_close(grads[1], grads[0], **exact)
-
-
-def test_loss_of_parts_adds_up():
-    model, ids, goal = classifier(), random_ids(5, 9), torch.tensor([0, 2, 1, 1, 0])
-    with torch.no_grad():
-        whole = model(ids, labels=goal).loss
-        parts = [model(ids[rows], labels=goal[rows], num_items_in_batch=5).loss for rows in (slice(0, 2), slice(2, 5))]
-    assert_close(sum(parts), whole, **exact)
-
-
-def test_a_language_model_is_loaded_with_a_new_head(tmp_path):
-    body = tiny_model(dtype=torch.float32)
-    body.save_pretrained(tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
-    assert type(model) is InfiniGPTNeoForSequenceClassification
-    assert_close(model.transformer.state_dict(), body.transformer.state_dict(), rtol=0, atol=0)
-    assert model.score.weight.shape == (4, body.config.hidden_size) and model.score.bias is None
-    model.save_pretrained(tmp_path / "fine-tuned")
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fine-tuned")
-    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-    config = InfiniGPTNeoConfig(**TINY, num_labels=2)
-    assert type(AutoModelForSequenceClassification.from_config(config)) is InfiniGPTNeoForSequenceClassification
-
-
-def test_misspelt_argument_is_refused():
-    with pytest.raises(TypeError, match="lables"):
-        classifier()(random_ids(1, 5), lables=torch.tensor([0]))
-
-
-# ---- tasks
-
-FILLING = [f"w{i}" for i in range(20)]
+FILLER = [f"w{i}" for i in range(20)]
 S = 8  # tokens in a segment
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Word by word."""
-    words = ["<start>", "<pad>", "no", "yes", *FILLING]
+    """A tokenizer with one token a word."""
+    words = ["<start>", "<pad>", "no", "yes", *FILLER]
     model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -170,18 +49,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Two tasks in the pipeline's form: sst2, where a word somewhere decides, and boolq, where the question does, which
-    stands at least a segment before the end of the passage.
+    """Two tasks in the pipeline's format: in sst2 the answer is a word of the text, in boolq it is the question, which
+    is at least a segment before the end of the passage.
     """
     folder, draw = tmp_path_factory.mktemp("glue"), random.Random(0)
 
     def sst2(answer: bool) -> dict:
-        words = draw.choices(FILLING, k=draw.randint(3, 12))
+        words = draw.choices(FILLER, k=draw.randint(3, 12))
         words[draw.randrange(len(words))] = "yes" if answer else "no"
         return {"sentence": " ".join(words)}
 
     def boolq(answer: bool) -> dict:
-        passage = draw.choices(FILLING, k=draw.randint(2 * S, 3 * S))
+        passage = draw.choices(FILLER, k=draw.randint(2 * S, 3 * S))
         return {"question": " ".join(["yes" if answer else "no"] * 3), "passage": " ".join(passage)}
 
     for make in (sst2, boolq):
@@ -211,8 +90,8 @@ SETTINGS = FineTuning(learning_rate=3e-3, batch=32, epochs=10, evaluate_every=8,
 
 
 def examples(files: Path, name: str, tokenizer):
-    splits = [load(str(files), "", name, split) for split in ("train", "validation")]
-    return [tokenized(split, [0, 1], tokenizer, SETTINGS.max_length) for split in splits]
+    splits = [load_split(str(files), "", name, split) for split in ("train", "validation")]
+    return [tokenize(split, [0, 1], tokenizer, SETTINGS.max_length) for split in splits]
 
 
 def test_only_the_memory_answers_a_question_of_an_early_segment(files, exported, tokenizer):
@@ -220,7 +99,7 @@ def test_only_the_memory_answers_a_question_of_an_early_segment(files, exported,
     torch.manual_seed(0)
     model = classifier_of(InfiniGPTNeoForCausalLM.from_pretrained(exported), 2)
     best = finetune(model, train, validation, SETTINGS, 0, 16_384, ProgressBar("", 0, shown=False))
-    assert best["accuracy"] > 0.95
+    assert best.metrics["accuracy"] > 0.95
     ids = [torch.tensor(row) for row in validation.rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     with torch.no_grad():
@@ -229,8 +108,8 @@ def test_only_the_memory_answers_a_question_of_an_early_segment(files, exported,
     assert 0.3 < (without == validation.labels).double().mean() < 0.7
 
 
-def test_evaluate_fine_tunes_reports_and_passes_over_what_is_done(files, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "set_cpu_threads", lambda process: None)  # at this size two wait for each other
+def test_evaluate_fine_tunes_reports_and_skips_finished_tasks(files, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "set_cpu_threads", lambda process: None)  # two threads are slower at this size
     keys = [f"{name}={getattr(SETTINGS, name)}" for name in ("learning_rate", "batch", "epochs", "evaluate_every")]
     arguments = ["launch/evaluate.py", exported, "--tasks", "glue", "--glue", files, "--out", tmp_path]
     first = call_script(*arguments, "--glue-tasks", "sst2", "--finetune", *keys, "patience=3")
@@ -238,8 +117,12 @@ def test_evaluate_fine_tunes_reports_and_passes_over_what_is_done(files, exporte
     assert task["metric"] == "accuracy" and task["value"] == task["accuracy"] > 0.9 > 0.7 > task["majority"]
     assert (task["train"], task["validation"], task["classes"]) == (256, 100, 2) and task["step"] % 8 == 0
     assert "sst2" in first.stdout and f"{task['value']:.3f}" in first.stdout
+    assert (tmp_path / "glue.png").stat().st_size > 10_000
+    result = read_evaluation(tmp_path).result("glue")
+    assert result.tasks["sst2"].f1 == task["f1"] and result.settings == SETTINGS
+    assert TidyRow("on", "accuracy/sst2", task["value"]) in result.tidy_rows()
 
-    # In parts of another size the figures are the same; boolq is new; nothing is computed a second time.
+    # With micro-batches of another size the scores are the same; boolq is new; sst2 is not computed again.
     parts = tmp_path / "parts.json"
     both = [*arguments, "--glue-tasks", "sst2", "boolq", "--finetune", *keys, "patience=3"]
     call_script(*both, "--out", tmp_path / "small", "--batch-tokens", "400")
@@ -258,7 +141,7 @@ def test_evaluate_fine_tunes_reports_and_passes_over_what_is_done(files, exporte
     assert len(json.loads(parts.read_text())) == 4
 
 
-def test_training_does_not_depend_on_parts(files, exported, tokenizer):
+def test_training_does_not_depend_on_micro_batches(files, exported, tokenizer):
     train, _ = examples(files, "sst2", tokenizer)
     gradients = []
     for batch_tokens in (16_384, 60, 1):
@@ -275,7 +158,7 @@ def test_training_does_not_depend_on_parts(files, exported, tokenizer):
 
 
 def test_patience_and_the_best_evaluation(files, exported, tokenizer):
-    """With a learning rate that changes nothing all evaluations are the first one over again."""
+    """With a learning rate that changes nothing, all evaluations give the same."""
     train, validation = examples(files, "sst2", tokenizer)
     model = classifier_of(InfiniGPTNeoForCausalLM.from_pretrained(exported), 2)
     want = metrics(predict(model, validation.rows, 999), validation.labels, 2)
@@ -284,14 +167,14 @@ def test_patience_and_the_best_evaluation(files, exported, tokenizer):
         (8 * 10, FineTuning(1e-12, batch=32, epochs=10, evaluate_every=8, patience=10)),  # ten epochs of 8 steps
     ):
         progress = ProgressBar("", 0, shown=False)
-        assert finetune(model, train, validation, settings, 0, 9999, progress) == want | {"step": 8}
+        assert finetune(model, train, validation, settings, 0, 9999, progress) == BestEvaluation(want, 8)
         assert progress.done == steps
     late = FineTuning(1e-12, batch=100, epochs=1, evaluate_every=200)  # no evaluation before the last step
-    assert finetune(model, train, validation, late, 0, 9999, ProgressBar("", 0, shown=False)) == want | {"step": 3}
+    assert finetune(model, train, validation, late, 0, 9999, ProgressBar("", 0, shown=False)) == BestEvaluation(want, 3)
 
 
-def test_a_model_of_transformers_is_fine_tuned_as_well(files, tokenizer):
-    """It finds the last token by the id of padding, so its rows have to be padded with that."""
+def test_an_external_model_is_fine_tuned_as_well(files, tokenizer):
+    """It finds the last token by the id of padding, so its rows have to be padded with that id."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=24, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
@@ -301,7 +184,10 @@ def test_a_model_of_transformers_is_fine_tuned_as_well(files, tokenizer):
     alone = torch.cat([predict(classifier, [row], 999) for row in validation.rows])
     assert torch.equal(predict(classifier, validation.rows, 999), alone)
     settings = FineTuning(learning_rate=5e-3, batch=32, epochs=6, evaluate_every=8)
-    assert finetune(classifier, train, validation, settings, 0, 9999, ProgressBar("", 0, shown=False))["accuracy"] > 0.9
+    assert (
+        finetune(classifier, train, validation, settings, 0, 9999, ProgressBar("", 0, shown=False)).metrics["accuracy"]
+        > 0.9
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,7 +206,7 @@ def test_metrics(labels, predictions, want):
 
 
 def test_texts_of_each_task():
-    """The columns that the files of the pipeline have, and idx, which is none of the text."""
+    """The columns that the files of the pipeline have, and idx, which is not part of the text."""
     for columns, want in (
         ("sentence", ("sentence",)),
         ("sentence1 sentence2", ("sentence1", "sentence2")),
@@ -335,41 +221,41 @@ def test_texts_of_each_task():
         ),
     ):
         row = {name: name for name in columns.split()} | {"label": 0, "idx": {"a": 1}}
-        assert texts_of("", [row]).texts == [want]
-    braces = texts_of("", [{"sentence": "{a} {", "label": 1}])
+        assert split_of("", [row]).texts == [want]
+    braces = split_of("", [{"sentence": "{a} {", "label": 1}])
     assert braces.texts == [("{a} {",)] and braces.labels == [1]
 
 
-def test_pairs_are_cut_to_length(tokenizer):
+def test_pairs_are_truncated(tokenizer):
     a, b = list(range(10)), list(range(100, 106))
     for room, lengths in ((20, (10, 6)), (16, (10, 6)), (15, (9, 6)), (12, (6, 6)), (11, (6, 5)), (4, (2, 2))):
-        assert shortened((a, b), room) == [a[: lengths[0]], b[: lengths[1]]]
-        assert shortened((b, a), room)[0] == b[: room - min(10, room - min(6, -(-room // 2)))]
-    assert shortened((a,), 4) == [a[:4]]
-    split = texts_of("", [{"question": "yes w0 w1", "passage": "w2 w3 no", "label": "b"}])
-    assert tokenized(split, ["a", "b"], tokenizer, 8).rows == [[0, 3, 4, 5, 0, 6, 7, 2]]
-    cut = tokenized(split, ["a", "b"], tokenizer, 5)
+        assert truncate((a, b), room) == [a[: lengths[0]], b[: lengths[1]]]
+        assert truncate((b, a), room)[0] == b[: room - min(10, room - min(6, -(-room // 2)))]
+    assert truncate((a,), 4) == [a[:4]]
+    split = split_of("", [{"question": "yes w0 w1", "passage": "w2 w3 no", "label": "b"}])
+    assert tokenize(split, ["a", "b"], tokenizer, 8).rows == [[0, 3, 4, 5, 0, 6, 7, 2]]
+    cut = tokenize(split, ["a", "b"], tokenizer, 5)
     assert cut.rows == [[0, 3, 4, 0, 6]] and cut.labels.tolist() == [1]
 
 
 def test_limit_takes_examples_evenly():
-    split = texts_of("", [{"sentence": str(i), "label": i % 2} for i in range(10)])
-    assert [text for (text,) in thinned(split, 4).texts] == ["0", "2", "5", "7"]
-    assert thinned(split, None) == split == thinned(split, 99)
+    split = split_of("", [{"sentence": str(i), "label": i % 2} for i in range(10)])
+    assert [text for (text,) in evenly_spaced(split, 4).texts] == ["0", "2", "5", "7"]
+    assert evenly_spaced(split, None) == split == evenly_spaced(split, 99)
 
 
-def test_a_dataset_of_the_hubs_form_is_read(files, tmp_path):
-    """From a folder laid out as on the hub, since the hub is not reached from here."""
+def test_a_dataset_in_the_hubs_layout_is_read(files, tmp_path):
+    """From a folder with the layout of a dataset on the hub."""
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_bytes((files / f"boolq.{split}.json").read_bytes())
     configuration = [f"  - split: {s}\n    path: {s}.jsonl" for s in ("train", "validation")]
     head = ["---", "configs:", "- config_name: boolq", "  data_files:", *configuration, "---", ""]
     (tmp_path / "README.md").write_text("\n".join(head))
-    assert load("hub", str(tmp_path), "boolq", "validation") == load(str(files), "", "boolq", "validation")
-    assert len(TASKS) == 10 and all(task.hub for task in TASKS.values())
+    assert load_split("hub", str(tmp_path), "boolq", "validation") == load_split(str(files), "", "boolq", "validation")
+    assert len(GLUE_TASKS) == 10 and all(task.hub for task in GLUE_TASKS.values())
 
 
-def test_mistakes_get_a_sentence(files, exported, tmp_path):
+def test_mistakes_are_one_sentence(files, exported, tmp_path):
     (tmp_path / "cola.train.json").write_text('{"sentence": "a", "label": 1}\n{"sentence": \n')
     (tmp_path / "cola.validation.json").write_text('{"sentence": "a", "label": 1}\n')
     (tmp_path / "rte.train.json").write_text('{"sentence1": "a", "label": 1}\n')
@@ -377,7 +263,7 @@ def test_mistakes_get_a_sentence(files, exported, tmp_path):
     (tmp_path / "wsc.validation.json").write_text('{"sentence": "a", "label": 0}\n')
     command = ["launch/evaluate.py", exported, "--tasks", "glue", "--out", tmp_path / "out", "--glue"]
     for arguments, words in (
-        ([tmp_path / "none"], "there is no such folder"),
+        ([tmp_path / "none"], "no such folder"),
         (["hub", "--glue-tasks", "cola"], "nyu-mll/glue cola train cannot be loaded"),
         (["hub", "--glue-tasks", "cula"], "--glue-tasks cula is not on the hub"),
         ([files, "--glue-tasks", "cola"], "cola.train.json cannot be read (No such file"),
@@ -390,4 +276,4 @@ def test_mistakes_get_a_sentence(files, exported, tmp_path):
     ):
         done = call_script(*command, *arguments, code=2)
         assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert settings_of([]) == FineTuning(5e-5, 64, 10, 10, 200, 128)
+    assert parse_settings([]) == FineTuning(5e-5, 64, 10, 10, 200, 128)

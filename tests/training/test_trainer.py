@@ -1,30 +1,31 @@
-"""Training: ranks, micro-batches, blocks and stops change no number; the engine equals an unsharded reference."""
+"""Training: ranks, micro-batches, blocks and stops change no loss; the engine equals an unsharded reference."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, TINY, environment, launch_pretrain, pretrain, run_script
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from harness import ROOT, SHAPE, TINY, build, environment, launch_pretrain, pretrain, run_script, start_ranks
 from transformers import AutoTokenizer
 
 from data_prep.manifest import load_manifest
 from infini_ds.checkpoint.manifest import complete_checkpoints
 from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.model_config import block_schedule, model_config
 from infini_ds.config.recipe import load_recipe
+from infini_ds.config.resolve import resolve
 from infini_ds.config.training_data import find_sources
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.streams import TrainingStream, ValidationRows
+from infini_ds.data.streams import TrainingStream
+from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.training.engine import parameter_groups
+from infini_ds.training.hooks import Hook
 from infini_ds.training.model_builder import build_model
-from infini_ds.training.validation import position_losses
-from infini_ds.utils.errors import UserError
+from infini_ds.training.optimizer_groups import parameter_groups
 
 
 def losses(run) -> list[float]:
@@ -46,7 +47,8 @@ def largest_difference(a, b) -> float:
 def reference(shards) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training written out in plain PyTorch: no engine, no ranks, no micro-batches, no checkpointing."""
     recipe = load_recipe(None, [f"data.path={shards}", *TINY])
-    model = build_model(recipe, model_config(recipe, load_manifest(shards)), block_schedule(recipe))
+    run = resolve(recipe, detect_environment())
+    model = build_model(recipe, run.model_config, run.block_schedule)
     choice = recipe.optimizer
     groups = parameter_groups(model, choice)
     optimizer = torch.optim.AdamW(groups, betas=(choice.beta1, choice.beta2), eps=choice.eps)
@@ -59,8 +61,8 @@ def reference(shards) -> tuple[list[float], dict[str, torch.Tensor]]:
         for group, peak, by in zip(optimizer.param_groups, peaks, factors, strict=True):
             group["lr"] = peak * by
         batch = next(batches)
-        (whole,) = batch.micro_batches(recipe.batch.rows, "cpu")
-        loss = model(**whole).loss
+        (complete,) = batch.micro_batches(recipe.batch.rows, "cpu")
+        loss = model(**complete).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), choice.gradient_clipping)
         optimizer.step()
@@ -116,30 +118,33 @@ def test_no_division_of_the_work_changes_the_losses(uneven, tmp_path):
 
 
 def test_killed_and_resumed_equals_never_stopped(runs, shards, tmp_path, capsys):
-    """SIGKILL some steps after the checkpoint of step 8; then it goes on from there, to the same bits."""
+    """SIGKILL some steps after the checkpoint of step 8; resumed from there, to the same bits."""
     command = [sys.executable, "launch/pretrain.py", f"data.path={shards}", f"output={tmp_path}", "name=killed", *TINY]
     one_core = partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})  # one thread, as in this process
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, preexec_fn=one_core)
+    run = tmp_path / "killed"
     try:
-        wait_for_steps(process, tmp_path / "killed", 10)
+        wait_for_steps(process, run, 10)
     finally:
         process.kill()
         process.wait()
-    assert [folder.name for folder in complete_checkpoints(tmp_path / "killed")] == ["step-000008"]
-    assert len(losses(tmp_path / "killed")) < 20
+    assert [folder.name for folder in complete_checkpoints(run)] == ["step-000008"]
+    assert len(losses(run)) < 20
+    log = (run / "train.log").read_text()
+    assert "rank 0 INFO infini_ds.training.trainer: step 8: checkpoint in " in log
 
     pretrain(shards, tmp_path, "killed")
     output = capsys.readouterr().out
-    assert "going on from" in output and "step-000008" in output
-    assert losses(tmp_path / "killed") == losses(runs / "one")
-    a, b = (load_model(locate(folder)).state_dict() for folder in (tmp_path / "killed", runs / "one"))
+    assert "resumed from" in output and "step-000008" in output
+    assert losses(run) == losses(runs / "one")
+    a, b = (load_model(locate(folder)).state_dict() for folder in (run, runs / "one"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     # Two checkpoints are kept, the last of them of the last step.
-    assert [folder.name for folder in complete_checkpoints(tmp_path / "killed")] == ["step-000016", "step-000020"]
+    assert [folder.name for folder in complete_checkpoints(run)] == ["step-000016", "step-000020"]
 
 
-def test_half_written_checkpoint_is_passed_over(shards, tmp_path, capsys):
-    """A checkpoint without its mark is what a crash while saving leaves."""
+def test_a_checkpoint_without_its_manifest_is_skipped(shards, tmp_path, capsys):
+    """This is what a crash while saving leaves."""
     pretrain(shards, tmp_path, "half", "steps=8", "schedule.kind=constant")
     half = tmp_path / "half" / "checkpoints" / "step-000012"
     half.mkdir()
@@ -159,95 +164,104 @@ def test_bf16_with_the_json_of_gpus_follows_fp32(runs, shards, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # the master copies
 
 
-def test_full_disk_gets_a_sentence(shards, tmp_path):
-    full = tmp_path / "full"
-    full.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", full], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        with pytest.raises(UserError, match=r"checkpoint of step 8 could not be written .* MiB are free: make room"):
-            pretrain(shards, full, "run")
-        assert not complete_checkpoints(full / "run")
-    finally:
-        subprocess.run(["umount", "--lazy", full], check=True)
+def test_one_exchange_a_step(uneven, tmp_path):
+    """The collectives that the project calls in each step of two ranks, logged steps included; DeepSpeed's apart."""
+    choices = [*SHAPE, "batch.rows=4", "steps=5", "log_every=2", "validation.every=0", "schedule.warmup_steps=0"]
+    arguments = [f"data.path={uneven}", f"output={tmp_path}", "name=counted", *choices]
+    ranks = start_ranks(2, str(tmp_path), *arguments, script="tests/support/count_collectives.py")
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    for rank in range(2):
+        counted = json.loads((tmp_path / f"collectives-{rank}.json").read_text())
+        assert counted["ours"] == [["all_gather_into_tensor"]] * 5
+        assert all("all_reduce" in calls for calls in counted["deepspeed"])  # the counting reaches what is called
 
 
-def test_finished_run_says_so(runs, shards):
-    arguments = [f"data.path={shards}", f"output={runs}", "name=one", *TINY, "validation.every=10"]
-    assert "nothing to do" in run_script("launch/pretrain.py", *arguments).stdout
+class Reads:
+    """A Tensor subclass that records when a value computed from it is read on the host."""
+
+    def __init__(self):
+        self.events: list[str] = []
+        record = self.events.append
+        reading = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
+        reading |= {torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__}
+
+        class Watched(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                if function in reading:
+                    record("read")
+                return super().__torch_function__(function, types, args, kwargs or {})
+
+        self.watched = Watched
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "words"),
-    [
-        ("one", ["batch.rows=8"], ["batch.rows=8", "batch.rows=4", "name="]),
-        ("one", ["resume=false"], ["resume=false", "name="]),
-        ("one", ["model.config.resid_dropout=0.1"], ["resid_dropout=0.1", "the default"]),
-        ("one", ["optimizer.beta2=1.5"], ["optimizer.beta2=1.5"]),
-        ("one", ["optimizer.learning_rate=nan"], ["learning_rate=nan"]),
-        ("new", ["batch.rows=4000"], ["fewer than one global batch of 4000"]),
-        ("new", ["model.preset=tinny"], ["model.preset='tinny'", "study-9m"]),
-        ("new", ["model.config.hiden_size=4"], ["model.config.hiden_size", "model.config.hidden_size"]),
-        ("new", ["model.config.window_size=null"], ["model.config.window_size=None must be a whole number"]),
-        ("new", ["model.config.num_heads=two"], ["model.config.num_heads='two' must be a whole number, such as"]),
-        ("new", ["model.config.num_heads=5"], ["hidden_size=32", "num_heads=5"]),
-        ("new", ["model.config.vocab_size=100"], ["100 embeddings", "512", "--tokenizer"]),
-        ("new", ["model.start_from=/nowhere"], ["model.start_from=/nowhere"]),
-        ("new", ["model.segment_length=0"], ["segment_length=0"]),
-        ("new", ["model.truncate_blocks=0"], ["truncate_blocks=0", "None for exact gradients"]),
-        ("new", ["model.attention=flash"], ["model.attention='flash'", "sdpa"]),
-        ("new", ["model.attention=flex_attention"], ["model.attention=flex_attention", "model.attention=sdpa"]),
-        ("new", ["data.path=/nowhere"], ["/nowhere", "python -m data_prep"]),
-    ],
-)
-def test_mistakes_get_a_sentence(name, overrides, words, runs, shards):
-    with pytest.raises(UserError) as error:
-        pretrain(shards, runs, name, *overrides)
-    sentence = str(error.value)
-    assert "\n" not in sentence and all(word in sentence for word in words), sentence
+@pytest.mark.parametrize("on_spike", ["flag", "roll_back"])
+def test_the_loss_is_read_after_the_optimizer_step(on_spike, shards, tmp_path):
+    """The host waits for the loss before it only if a spike would roll the run back, once spikes are looked for."""
+    spikes = [f"stability.on_spike={on_spike}", "stability.spike_window=2", "stability.check_gradients=false"]
+    where = [f"data.path={shards}", f"output={tmp_path}", f"name={on_spike}"]
+    trainer = build(*where, *TINY, "steps=4", "schedule.warmup_steps=1", "batch.micro_rows=4", *spikes)
+    reads = Reads()
+
+    def watch(_, __, output):
+        output.loss = output.loss.as_subclass(reads.watched)
+        return output
+
+    class Events(Hook):
+        def before_step(self, trainer, step):
+            reads.events.append("optimizer")
+
+        def on_step_end(self, trainer, step):
+            reads.events.append("end")
+
+    trainer.model.register_forward_hook(watch)
+    trainer.hooks = [*trainer.hooks, Events()]
+    trainer.fit()
+    after, before = ["optimizer", "read", "end"], ["read", "optimizer", "end"]
+    assert reads.events == after * 4 if on_spike == "flag" else after * 2 + before * 2
 
 
-def test_mistake_under_the_launcher_is_one_sentence(shards, tmp_path):
-    done = launch_pretrain(shards, tmp_path, "wrong", "batch.rows=3", ranks=2, code=2)
-    text = done.stdout + done.stderr
-    assert text.count("batch.rows=3 cannot be divided over 2 ranks") == 1
-    assert "Traceback" not in text
+class Recorder(Hook):
+    """Records the events of a run."""
+
+    def __init__(self, events: list[str]):
+        for name in [name for name in vars(Hook) if not name.startswith("_")]:
+            setattr(self, name, lambda *_, name=name: events.append(name))
 
 
-def test_output_in_a_log_file_is_plain_and_short(runs):
-    lines = (runs / "two" / "output.txt").read_text().splitlines()
-    assert sum("training" in line for line in lines) < 20, lines  # one in ten seconds, not one a step
-    assert not any("\x1b[" in line or "Warning" in line or "[INFO]" in line for line in lines), lines
+def test_hooks_are_called_in_order(shards, tmp_path):
+    events: list[str] = []
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=hooks"]
+    trainer = build(*where, *TINY, "steps=2", "schedule.warmup_steps=1", "validation.every=2", "validation.rows=2")
+    trainer.hooks = [*trainer.hooks, Recorder(events)]
+    assert trainer.fit()
+    first = ["on_start", "after_validation"]
+    step = ["on_step_start", "before_step", "after_step"]
+    assert events == [*first, *step, "on_step_end", *step, "after_validation", "on_step_end", "on_end"]
 
 
-def test_validation_does_not_depend_on_micro_rows(runs, shards):
-    model, rows = load_model(locate(runs / "one")), ValidationRows(find_sources(str(shards), [], ""))
-    one_by_one = position_losses(model, rows, None, 1)
-    all_at_once = position_losses(model, rows, None, 64)
-    assert torch.allclose(one_by_one.loss, all_at_once.loss, atol=1e-4)
-    assert torch.equal(one_by_one.count, all_at_once.count)
-    off = position_losses(model, rows, None, 64, use_memory=False)
-    assert torch.allclose(off.loss[:30], all_at_once.loss[:30], atol=1e-4)  # the first segment has no memory to read
-    assert not torch.allclose(off.loss[40:], all_at_once.loss[40:], atol=1e-3)
+def test_hooks_end_after_an_error(shards, tmp_path):
+    class Fails(Hook):
+        def after_step(self, trainer, step):
+            raise RuntimeError("step failed")
+
+    events: list[str] = []
+    trainer = build(f"data.path={shards}", f"output={tmp_path}", "name=error", *TINY)
+    trainer.hooks = [*trainer.hooks, Fails(), Recorder(events)]
+    with pytest.raises(RuntimeError, match="step failed"):
+        trainer.fit()
+    assert events == ["on_start", "on_step_start", "before_step", "on_end"]
 
 
-def test_metrics_hold_what_is_promised(runs):
-    lines = read_metrics(runs / "one")
-    last = [line for line in lines if "train/loss" in line][-1]
-    for name in ("train/gradient_norm", "train/learning_rate", "speed/tokens_per_s", "speed/mfu", "speed/memory_gib"):
-        assert last[name] > 0, name
-    assert last["train/tokens"] == 20 * 4 * 256
-    for layer in range(2):
-        assert last[f"memory/M_norm/layer_{layer}"] > 0 and last[f"memory/z_norm/layer_{layer}"] > 0
-        for head in range(2):
-            assert abs(last[f"gate/layer_{layer}/head_{head}"] - 0.5) > 1e-3  # gates move from the start
-    assert [line["step"] for line in lines if "validation/loss" in line] == [0, 10, 20]
-    events = EventAccumulator(str(runs / "one"))
-    events.Reload()
-    tags = events.Tags()
-    assert {"validation/loss", "validation/loss_memory_off", "speed/mfu", "gate/layer_0/head_0"} <= set(tags["scalars"])
-    assert "gate" in tags["histograms"]
-
-
-def test_help_names_the_command():
-    assert "deepspeed launch/pretrain.py" in run_script("launch/pretrain.py", "--help").stdout
+def test_the_log_file_is_appended_on_resume(runs, shards, tmp_path):
+    """Messages of all runs in one folder, with time, level and rank; the terminal shows them plain."""
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=log", *TINY]
+    for steps in (2, 4):
+        choices = [f"steps={steps}", "schedule.kind=constant", "schedule.warmup_steps=0"]
+        done = run_script("launch/pretrain.py", *where, *choices)
+        assert f"step {steps}: checkpoint in" in done.stdout and "INFO" not in done.stdout
+    lines = Path(tmp_path, "log", "train.log").read_text().splitlines()
+    assert sum(" rank 0 INFO infini_ds.training.setup: log: 0.1M parameters, " in line for line in lines) == 2
+    assert sum("resumed from" in line for line in lines) == 1
+    assert all(line[:4].isdigit() for line in lines)
