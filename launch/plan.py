@@ -81,7 +81,7 @@ def show(plan: Plan) -> None:
         "a step", f"{shape.data_size} ranks x {shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
     )
     kept = "recomputed block by block" if work.checkpointing else "all kept"
-    facts.add_row("a block", f"{work.G} of {work.segments} segments of {work.segment}, {kept}, {work.precision}")
+    facts.add_row("a block", f"{work.block_segments} of {work.segments} segments of {work.segment_length}, {kept}, {work.precision}")
     facts.add_row("operations a token", f"{flops:.3g}")
     took = "not known: no peak for this device and precision" if days is None else f"{days:,.2f} without validation"
     facts.add_row(f"days at {recipe.plan.mfu:.0%} MFU", took)
