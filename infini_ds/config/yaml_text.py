@@ -26,7 +26,7 @@ _TextLoader.yaml_implicit_resolvers = {
 }
 
 
-def read_file(path: Path) -> tuple[dict, dict]:
+def read_file(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     """Return a YAML file's keys and values with scalars as text, and with YAML's types.
 
     Raises:
