@@ -1,14 +1,17 @@
 """The rows of a step, divided over data ranks, accumulation and micro-batches."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infini_ds.config.batch_shape import batch_shape
 from infini_ds.config.recipe import BatchSection
 from infini_ds.utils.errors import UserError
 
+many = settings(deadline=None, derandomize=True)
 
+
+@many
 @given(rows=st.integers(1, 64), data_size=st.integers(1, 8), micro_rows=st.integers(1, 16))
 def test_batch_is_divided_without_rest(rows, data_size, micro_rows):
     batch = BatchSection(rows=rows, micro_rows=micro_rows)
@@ -21,6 +24,7 @@ def test_batch_is_divided_without_rest(rows, data_size, micro_rows):
     assert shape.micro_rows <= micro_rows
 
 
+@many
 @given(rows=st.integers(1, 64), data_size=st.integers(2, 8))
 def test_the_suggested_batch_can_be_divided(rows, data_size):
     if rows % data_size == 0:

@@ -22,6 +22,7 @@ EARLIER = Path(__file__).with_name("recipe_of_an_earlier_run.yaml")
 KEYS = list(list_keys(Recipe))
 NUMBERS = [key for key in KEYS if {int, float} & {key.field.annotation, *get_args(key.field.annotation)}]
 COMMAND_LINE = "on the command line"
+many = settings(deadline=None, max_examples=200, derandomize=True)
 
 
 def test_recipes_of_all_sizes_are_shipped():
@@ -130,6 +131,7 @@ def refused(key: Key) -> st.SearchStrategy[str]:
     return lists if key.name != "data.streams" else st.sampled_from(["3", "null", "text", "[3]"])
 
 
+@many
 @given(st.data())
 def test_a_value_out_of_bounds_gives_one_sentence_that_names_the_key(data):
     key = data.draw(st.sampled_from(KEYS))
@@ -141,6 +143,7 @@ def test_a_value_out_of_bounds_gives_one_sentence_that_names_the_key(data):
     assert f" must be {key.values.split()[0]}" in sentence, sentence
 
 
+@many
 @given(st.data())
 def test_a_number_within_bounds_is_taken_from_text_and_from_yaml(data):
     key = data.draw(st.sampled_from(NUMBERS))
@@ -159,6 +162,21 @@ def test_a_number_within_bounds_is_taken_from_text_and_from_yaml(data):
     assert found == value and type(found) is type(value)
 
 
+@many
+@given(st.data())
+def test_a_misspelt_key_is_unknown_and_never_suggested_itself(data):
+    known = {key.name for key in KEYS} | {*Recipe.model_fields}
+    right = data.draw(st.sampled_from(sorted(known)))
+    i, letter = data.draw(st.integers(0, len(right) - 1)), data.draw(st.sampled_from(["", "x", "_", "."]))
+    wrong = data.draw(st.sampled_from([right[:i] + letter + right[i + 1 :], right.upper(), right.split(".")[-1]]))
+    assume(wrong not in known and not wrong.startswith("model.config.") and wrong.strip("."))
+    with pytest.raises(UserError) as error:
+        load_recipe(None, ["batch.rows=4", f"{wrong}=1"])
+    sentence = str(error.value)
+    assert "\n" not in sentence and COMMAND_LINE in sentence and f"did you mean {wrong}?" not in sentence, sentence
+
+
+@many
 @given(st.text("abz019 #:._-+~,=&%", min_size=1))
 def test_a_name_stays_as_it_is_typed(text):
     assume(text.strip() not in ("", "~", ".", ".."))
@@ -267,7 +285,7 @@ def test_a_recipe_is_written_and_read_again(tmp_path):
         assert load_recipe(tmp_path / "r.yaml") == recipe
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(many, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(st.characters(codec="utf-8", exclude_characters="/$"), min_size=1), seed=st.integers(0, 2**31 - 1))
 def test_any_name_is_written_and_read_again(name, seed, tmp_path):
     assume(name not in (".", ".."))
