@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity
 
 from infini_ds.benchmarks.contenders import Shape, build
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
-from infini_ds.planning.hardware import peak_flops, training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
+from infini_ds.planning.hardware import peak_flops
 
 WARM_UP = 4096  # tokens: enough to reach every kernel; longer sequences are not run twice
 NEW_TOKENS = 64
