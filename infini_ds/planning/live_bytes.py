@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _called_by_engine() -> bool:
     """Return whether the autograd engine itself called the operator that is dispatched, not a node of the graph that is
     written in Python, or recomputation.
     """
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename.endswith(WRAPPERS):
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith(WRAPPERS):
         frame = frame.f_back
-    return frame.f_code.co_name == "_engine_run_backward"
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"

@@ -8,8 +8,9 @@ allocator reports for real steps.
 """
 
 import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.model_config import block_schedule
@@ -39,7 +40,7 @@ class Workload:
     rows: int
     tokens: int
     precision: str
-    schedule: BlockSchedule = BlockSchedule()
+    schedule: BlockSchedule = field(default_factory=BlockSchedule)
     accumulation: int = 1
     packed: bool = True
     checkpointing: bool = False
@@ -173,7 +174,7 @@ def estimate_memory(work: Workload, sharding: ZeroSharding) -> MemoryEstimate:
         parts = {
             "gradients": sums + reading.gradients,
             "reduce buckets": buckets,
-            "activations, loss and states": reading.live - reading.gradients,
+            "activations and loss": reading.live - reading.gradients,
         }
         return always | {name: round(part) for name, part in parts.items()}
 
@@ -226,53 +227,48 @@ def _reduce(
             oversized = size * reading.elements
 
 
-def largest_block(work: Workload, sharding: ZeroSharding, room: int) -> int | None:
-    """Return the most segments in a block, up to MAX_BLOCK_SEGMENTS, with which a step fits into `room` bytes; None if
+def largest_block(work: Workload, sharding: ZeroSharding, limit: int) -> int | None:
+    """Return the most segments in a block, up to MAX_BLOCK_SEGMENTS, with which a step fits into `limit` bytes; None if
     not even one segment fits.
     """
-    return BlockSearch(room).largest_block(work, sharding)
+    return BlockSearch(limit).largest_block(work, sharding)
 
 
 class BlockSearch:
-    """Finds the largest blocks that fit into `room` bytes with few estimates.
+    """Finds the largest blocks that fit into `limit` bytes, for workloads of one model, with few estimates.
 
-    Memory grows nearly linearly with the rows times segments of a block, for all workloads of one model, so the search
-    interpolates. A block that exceeds the room by more than 2% on that line is not estimated.
+    Memory grows nearly linearly with the rows times segments of a block, so the search interpolates between what was
+    estimated before. A block that exceeds the limit by more than 1% on that line is not estimated.
     """
 
-    CLEARLY = 1.02
-
-    def __init__(self, room: int):
-        self.room = room
-        self._points: dict[int, float] = {}  # bytes while computing, by rows times segments of a block
-        self._found = 0  # rows times segments of the last result
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._points: list[tuple[int, int]] = []  # rows times segments of a block, bytes while computing
 
     def largest_block(self, work: Workload, sharding: ZeroSharding) -> int | None:
-        """See the function of this name."""
-        most = min(MAX_BLOCK_SEGMENTS, work.segments)
-        fits, fails, peak_of_fits = 0, most + 1, 0
-        guess = min(max(self._found // work.rows, 1), most) if self._found else most
+        """Return the most segments in a block that fit, as the function of this name."""
+        fits, fails = 0, min(MAX_BLOCK_SEGMENTS, work.segments) + 1
         while fails - fits > 1:
-            peak = self._peak(work.in_blocks_of(guess), sharding)
-            if peak <= self.room:
-                fits, peak_of_fits = guess, peak
-            else:
+            guess = min(max(self._guess() // work.rows, fits + 1), fails - 1)
+            estimate = estimate_memory(work.in_blocks_of(guess), sharding)
+            self._points.append((guess * work.rows, sum(estimate.computing.values())))
+            if estimate.peak > self._limit:
                 fails = guess
-            a_segment = self._bytes_of_row_segment() * work.rows
-            if fits and len(self._points) > 1 and peak_of_fits + a_segment > self.CLEARLY * self.room:
+                continue
+            fits = guess
+            if len(self._points) > 1 and estimate.peak + work.rows * self._slope() > 1.01 * self._limit:
                 break
-            guess = min(max(guess + math.floor((self.room - peak) / a_segment), fits + 1), fails - 1)
-        self._found = fits * work.rows
         return fits or None
 
-    def _peak(self, work: Workload, sharding: ZeroSharding) -> int:
-        estimate = estimate_memory(work, sharding)
-        self._points[work.rows * work.block_segments] = sum(estimate.computing.values())
-        return estimate.peak
+    def _guess(self) -> int:
+        """Return the rows times segments with which the limit is reached on the line."""
+        if not self._points:
+            return sys.maxsize
+        size, peak = self._points[-1]
+        return max(0, size + math.floor((self._limit - peak) / self._slope()))
 
-    def _bytes_of_row_segment(self) -> float:
-        """Return the slope between the last two points, or before there are two, the greatest that it can be."""
-        (size, peak), *before = reversed(self._points.items())
-        if not before:
-            return peak / size
-        return max((peak - before[0][1]) / (size - before[0][0]), 1.0)
+    def _slope(self) -> float:
+        """Return the bytes of one more segment of a row, by the last two sizes; from a single one, at most so many."""
+        (size, peak), *earlier = reversed(self._points)
+        other, peak_of_other = next((point for point in earlier if point[0] != size), (0, 0))
+        return max(1.0, (peak - peak_of_other) / (size - other))

@@ -37,14 +37,14 @@ class Reading(NamedTuple):
 
     Attributes:
         live: bytes alive at most, without the weights.
-        gradients: bytes of these that are gradients of weights.
-        reduced: elements of the gradients that were complete before, which are gone.
+        gradients: those of these bytes that are gradients of weights.
+        taken: elements of the gradients that were complete before. ZeRO has taken them, so they are not alive.
         elements: elements of the gradient that is complete at this moment; 0 for any other event.
     """
 
     live: float
     gradients: float = 0
-    reduced: float = 0
+    taken: float = 0
     elements: float = 0
 
 
@@ -155,11 +155,11 @@ def _trace_in_full(step: MicroBatch) -> StepTrace:
         shallow, _ = run_on_fake_tensors(replace(step, config=_with_layers(step.config, period)))
         rest, states_of_two = run_on_fake_tensors(replace(step, config=_with_layers(step.config, 2 * period)))
         readings, states = deepen(shallow, rest, period, layers), states_of_two * layers // (2 * period)
-    computing = [reading for reading in readings.values() if not (reading.reduced or reading.elements)]
-    reducing = [reading for reading in readings.values() if reading.reduced or reading.elements]
+    computing = [reading for reading in readings.values() if not (reading.taken or reading.elements)]
+    reducing = [reading for reading in readings.values() if reading.taken or reading.elements]
     if step.checkpointing:  # all gradients are complete at once, and the engine takes them in no order that layers have
         reducing = _all_at_once(step, max(r.live - r.gradients for r in rest.values() if r.elements))
-    reducing.sort(key=lambda reading: (reading.reduced, reading.elements > 0))
+    reducing.sort(key=lambda reading: (reading.taken, reading.elements > 0))
     return StepTrace(max(computing), tuple(reducing), states)
 
 
@@ -168,12 +168,12 @@ def _all_at_once(step: MicroBatch, rest: float) -> list[Reading]:
     last layer to the first. `rest`: bytes alive besides.
     """
     embedding, *others = parameter_sizes(step.config)
-    readings, reduced, waiting = [], 0, embedding + sum(others)
+    readings, taken, waiting = [], 0, embedding + sum(others)
     for size in (embedding, *reversed(others)):
         gradients = waiting * DTYPES[step.precision].itemsize
-        readings.append(Reading(rest + gradients, gradients, reduced, size))
-        reduced, waiting = reduced + size, waiting - size
-    return [*readings, Reading(rest, reduced=reduced)]
+        readings.append(Reading(rest + gradients, gradients, taken, size))
+        taken, waiting = taken + size, waiting - size
+    return [*readings, Reading(rest, taken=taken)]
 
 
 def _period(kinds: list[str]) -> int:
@@ -249,7 +249,7 @@ class _Recorder:
     """Reads the live bytes between the events of a model's forward and backward pass.
 
     The events: the embedding of a block, a layer, and the loss of a block begin; the gradient of the input of a layer
-    or the loss is complete; the gradient of a weight is complete, which the optimizer's side then takes.
+    or the loss is complete; the gradient of a weight is complete, and ZeRO takes it.
     """
 
     def __init__(self, live: LiveBytes, model: InfiniGPTNeoForCausalLM):
@@ -257,7 +257,7 @@ class _Recorder:
         self._moments: list[tuple[int, Label, Reading]] = []  # with the interval that each belongs to
         self._gradients: list[tuple[int, int, int]] = []  # intervals of allocation and completion, bytes
         self._visits: Counter = Counter()
-        self._reduced = 0
+        self._taken = 0
         self._begin("start", None)
         body = model.transformer
         body.wte.register_forward_pre_hook(partial(self._before, "embedding", None))
@@ -284,7 +284,7 @@ class _Recorder:
         self._live.start_interval()
 
     def _end(self) -> None:
-        reading = Reading(self._live.peak - self._weights, reduced=self._reduced)
+        reading = Reading(self._live.peak - self._weights, taken=self._taken)
         self._moments.append((self._live.interval, self._label, reading))
 
     def _before(self, event: str, layer: int | None, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -297,10 +297,13 @@ class _Recorder:
         self._begin(event, layer)
 
     def _complete(self, event: str, layer: int | None, weight: Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None, "autograd calls this after it has set the gradient"
         self._end()
-        reading = Reading(self._live.now - self._weights, 0, self._reduced, weight.numel())
+        reading = Reading(self._live.now - self._weights, 0, self._taken, weight.numel())
         self._moments.append((self._live.interval, Label(event, layer, 0), reading))
-        self._gradients.append((self._live.allocated_in(weight.grad), self._live.interval, weight.grad.nbytes))
-        self._reduced += weight.numel()
+        self._gradients.append((self._live.allocated_in(gradient), self._live.interval, gradient.nbytes))
+        del gradient
+        self._taken += weight.numel()
         weight.grad = None
         self._begin(f"after {event}", layer)
