@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from harness import SHAPE
 
-from data_prep.tokenizer import TokenizerFacts
+from data_prep.tokenizer import TokenizerInfo
 from infini_ds.config.model_config import block_schedule, check_vocabulary, model_config
 from infini_ds.config.recipe import Recipe, load_recipe
 from infini_ds.model import BlockSchedule
@@ -17,7 +17,7 @@ from infini_ds.utils.errors import UserError
 class Data:
     """What model_config reads of the manifest of prepared data."""
 
-    tokenizer = TokenizerFacts("trained", vocab_size=512, start_id=7, pad_id=1, sha256="0")
+    tokenizer = TokenizerInfo("trained", vocab_size=512, start_id=7, pad_id=1, sha256="0")
 
 
 def recipe(*overrides: str) -> Recipe:
