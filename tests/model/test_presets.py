@@ -5,7 +5,7 @@ import torch
 
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.presets import PRESETS, preset_config
-from infini_ds.planning.hardware import training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
 
 
 @pytest.mark.parametrize(
