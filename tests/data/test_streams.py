@@ -50,7 +50,7 @@ def run_two_ranks(folder: Path, streams: list[dict], rows: int, jobs: list[Job])
 
 
 def test_rows_do_not_depend_on_ranks_workers_or_stops(many, shards, tmp_path):
-    """Two streams in the proportion 3 : 1. Two ranks read in two epochs what one rank reads, whole or from any stop.
+    """Two streams in the proportion 3 : 1. Two ranks read in two epochs what one rank reads, at once or from any stop.
 
     With and without workers; one rank continues where two have stopped; and two ranks of one sequence group read the
     same rows.

@@ -201,7 +201,7 @@ def test_shards_hold_the_examples(tmp_path):
     assert sorted(found) == sorted(example.text.strip() for _, example in training_examples(parse_tasks(spec)))
     texts = {example.text.strip(): example for _, example in training_examples(parse_tasks(spec))}
     for row in read_rows(out / "train"):
-        # A document that goes on in the next row is compared as far as it lies in this one.
+        # A document that continues in the next row is not compared.
         ends = row.document_lengths.cumsum()
         for begin, end in zip(ends - row.document_lengths, ends, strict=True):
             example = texts.get(tokenizer.decode(row.input_ids[begin + 1 : end]))
@@ -227,8 +227,8 @@ def test_the_loss_is_taken_over_the_answers(tmp_path):
     assert torch.equal(batch.labels[loss_mask], batch.input_ids[loss_mask])
     ends = [row.document_lengths.cumsum() for row in rows]
     parts = [part for row, end in zip(rows, ends, strict=True) for part in np.split(row.loss_mask, end)]
-    whole = [part for part in parts if len(part) == 18]  # documents that are not cut
-    assert {part.sum() for part in whole} == {2, 18}
+    complete = [part for part in parts if len(part) == 18]  # documents that are in a single row
+    assert {part.sum() for part in complete} == {2, 18}
 
 
 def test_loss_masks_of_tokens_and_of_rows_that_have_answers_in_part():
