@@ -99,7 +99,7 @@ def _plot_published(axes: Axes, task: str, colors: dict[int, str]) -> None:
     }
     for segment_length, accuracies in ACCURACIES[task].items():
         label = f"published, {segment_length}"
-        axes.plot(fractions, accuracies, color=colors[segment_length], label=label, alpha=0.8, markersize=4, **style)
+        axes.plot(fractions, accuracies, color=colors[segment_length], label=label, alpha=0.8, **style)
     axes.axhline(GPT_NEO[task], color="0.6", linewidth=1, linestyle="-.", label="published, plain GPT-Neo")
 
 
