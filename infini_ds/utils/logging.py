@@ -12,6 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from infini_ds.utils.errors import UserError
+
 PACKAGES = ("infini_ds", "data_prep")
 FILE_FORMAT = "%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s"
 FILE_ONLY = {"file_only": True}  # logger.info(sentence, extra=FILE_ONLY): for the log file, as the terminal has a bar
@@ -64,7 +66,10 @@ def use_new_console() -> None:
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append this process's messages to `path` too, with time, level and rank, while the block runs."""
+    """Append this process's messages to `path` too, with time, level and rank, while the block runs.
+
+    An exception that ends the block is logged there: a UserError as its sentence, any other one with its stack.
+    """
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(FILE_FORMAT))
     handler.addFilter(_RankFilter())
@@ -73,6 +78,12 @@ def log_to_file(path: Path) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except UserError as error:
+        loggers[0].error(str(error), extra=FILE_ONLY)
+        raise
+    except Exception:
+        loggers[0].exception("the run failed", extra=FILE_ONLY)
+        raise
     finally:
         for logger in loggers:
             logger.removeHandler(handler)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from infini_ds.checkpoint.manifest import (
     complete_checkpoints,
     find_damage,
     read_manifest,
+    write_manifest,
 )
 from infini_ds.config.recipe import CheckpointSection
 from infini_ds.conversion.locate import load_model, locate
@@ -119,6 +121,19 @@ def test_other_numbers_of_ranks_resume_with_the_same_losses(runs, shards, tmp_pa
     a, b = (load_model(locate(folder)).state_dict() for folder in (run, runs / "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
     assert not list(run.rglob("*universal*"))  # nothing of the conversions is left
+
+
+def test_another_arrangement_of_the_same_ranks_resumes_without_conversion(runs, shards, tmp_path):
+    """ZeRO shards across all ranks, so each loads its own shard; the random states belong to the other arrangement."""
+    run, expected = copy_of(runs / "two", tmp_path), losses(runs / "two")
+    shutil.rmtree(run / "checkpoints" / "step-000020")
+    checkpoint = run / "checkpoints" / "step-000016"
+    write_manifest(checkpoint, replace(read_manifest(checkpoint), sequence=2))
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=two"]
+    output = run_ranks(2, *where, *TINY, VALIDATION, "batch.micro_rows=1")
+    assert "step-000016: " in output
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+    assert [read_manifest(checkpoint).sequence for checkpoint in complete_checkpoints(run)] == [2, 1]
 
 
 def test_a_conversion_on_a_full_disk_is_a_sentence(runs, shards, tmp_path):

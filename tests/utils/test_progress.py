@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from infini_ds.utils import progress
+from infini_ds.utils.errors import UserError
 from infini_ds.utils.logging import log_to_file
 from infini_ds.utils.progress import ProgressBar
 
@@ -122,6 +123,21 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 1 << 16)
     except OSError:  # EIO: every writer has closed it
         return b""
+
+
+@pytest.mark.parametrize(
+    ("error", "last", "stacks"),
+    [
+        (UserError("steps=0: give 1 or more"), "steps=0: give 1 or more", 0),
+        (ValueError("shapes"), "ValueError: shapes", 1),
+    ],
+)
+def test_the_log_file_has_the_error_that_ended_the_run(tmp_path, capsys, error, last, stacks):
+    with pytest.raises(type(error)), log_to_file(tmp_path / "train.log"):
+        raise error
+    log = (tmp_path / "train.log").read_text()
+    assert log.rstrip().endswith(last) and "rank 0 ERROR" in log and log.count("Traceback") == stacks
+    assert capsys.readouterr().out == ""  # run_main prints it
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])

@@ -45,7 +45,5 @@ def test_a_lock_ends_with_its_process_and_is_awaited(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"one cannot be written \(Not a directory\): choose another output folder"
-    ):
+    with pytest.raises(UserError, match=r"one cannot be written \(Not a directory\): choose another output folder"):
         acquire_run_lock(tmp_path / "file" / "one")
