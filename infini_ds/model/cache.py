@@ -1,6 +1,6 @@
-"""The state of generation, of constant size: the memory of all closed segments and the tokens of the open one.
+"""The cache of generation, of constant size: the memory of all closed segments, and the tokens of the open segment.
 
-Shapes: B batch, H heads, S tokens in a segment, D head size.
+Shapes: B batch, H heads, S slots in a segment, D head size.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
+from .configuration import InfiniGPTNeoConfig
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
-from .segments import EMPTY, SegmentGrid
+from .segments import NO_DOCUMENT, SegmentGrid
 
 
 @dataclass
-class LayerState:
+class LayerCache:
     """One layer's memory, and keys and values (without rotary phase) of each row's open segment, (B, H, S, D)."""
 
     memory: State
@@ -25,65 +26,66 @@ class LayerState:
 
 
 class InfiniCache(Cache):
-    """What `generate()` carries from token to token. Each row has its own open segment, so that prompts of different
-    lengths in one batch give what each gives alone. Memory and time for a token do not depend on how many came before.
+    """The state that `generate()` passes from token to token. Each row has its own open segment, so that prompts of
+    different lengths in one batch give what each gives alone. Memory and time for a token do not depend on how many
+    tokens came before.
 
     Attributes:
-        layer_states: one `LayerState` a layer.
-        documents: (B, S) the document of each slot of the open segment, EMPTY behind its last token.
-        held: (B,) the document in the memory, EMPTY while nothing has been written.
-        columns: how many columns of `input_ids` have been processed, padding included.
+        layer_caches: one `LayerCache` a layer.
+        open_documents: (B, S) the document of each slot of the open segment, NO_DOCUMENT after its last token.
+        memory_document: (B,) the document in the memory, NO_DOCUMENT while nothing has been written.
+        columns: number of columns of `input_ids` processed so far, padding included.
         packed: the open segments may hold several documents.
-        room: tokens that fit into every row's open segment for certain. While a call's do, the host need not ask the
-            device, and wait for it, how many segments there are.
+        min_free_slots: a lower bound of the free slots in every row's open segment. While the tokens of a call fit into
+            it, the number of segments is known to be 1, and the host need not wait for the device to count them.
     """
 
-    def __init__(self, config, batch_size: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: InfiniGPTNeoConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str):
         super().__init__(layers=[])
         B, H, S, D = batch_size, config.num_heads, config.segment_length, config.head_dim
         open_segment = torch.zeros(B, H, S, D, dtype=dtype, device=device)
         self.rule = get_memory_rule(config.memory_rule)
         empty = self.rule.empty_state(B, H, D, memory_dtype(dtype), device)
-        self.layer_states = [LayerState(empty, open_segment, open_segment) for _ in range(config.num_layers)]
-        self.documents = torch.full((B, S), EMPTY, device=device)
-        self.held = torch.full((B,), EMPTY, device=device)
+        self.layer_caches = [LayerCache(empty, open_segment, open_segment) for _ in range(config.num_layers)]
+        self.open_documents = torch.full((B, S), NO_DOCUMENT, device=device)
+        self.memory_document = torch.full((B,), NO_DOCUMENT, device=device)
         self.columns = 0
         self.packed = False
-        self.room = S
+        self.min_free_slots = S
 
-    def keep_open(self, keys_values: list[tuple[Tensor, Tensor]], still_open: Tensor) -> None:
-        """Keep each row's open segment, where it is one of these.
+    def store_open_segments(self, keys_values: list[tuple[Tensor, Tensor]], open_segment: Tensor) -> None:
+        """Store the keys and values of each row's open segment, if it is one of these segments.
 
         Args:
             keys_values: for each layer k and v (B, N, H, S, D) of N segments.
-            still_open: (B,) which of them is open; rows where it is none of them are left as they are.
+            open_segment: (B,) the index of the open segment among these; rows where it is out of range are unchanged.
         """
         N = keys_values[0][0].shape[1]
-        here = ((still_open >= 0) & (still_open < N))[:, None, None, None]
-        index = still_open.clamp(0, N - 1)
+        in_range = ((open_segment >= 0) & (open_segment < N))[:, None, None, None]
+        index = open_segment.clamp(0, N - 1)
         rows = torch.arange(len(index), device=index.device)
-        for state, (k, v) in zip(self.layer_states, keys_values, strict=True):
-            state.k = torch.where(here, k[rows, index].to(state.k.dtype), state.k)
-            state.v = torch.where(here, v[rows, index].to(state.v.dtype), state.v)
+        for layer, (k, v) in zip(self.layer_caches, keys_values, strict=True):
+            layer.k = torch.where(in_range, k[rows, index].to(layer.k.dtype), layer.k)
+            layer.v = torch.where(in_range, v[rows, index].to(layer.v.dtype), layer.v)
 
-    def advance(self, states: tuple[State, ...], grid: SegmentGrid, still_open: Tensor, columns: int) -> None:
-        """Go on behind the tokens of `grid`, of which segment `still_open` (B,) of each row is not full."""
-        for layer, memory in zip(self.layer_states, states, strict=True):
+    def advance(self, states: tuple[State, ...], grid: SegmentGrid, open_segment: Tensor, columns: int) -> None:
+        """Move on to the end of `grid`, whose segment `open_segment` (B,) is the one that is not full in each row."""
+        for layer, memory in zip(self.layer_caches, states, strict=True):
             layer.memory = memory
-        none_open = torch.full_like(grid.documents[:, :1], EMPTY)
-        rows = torch.arange(len(still_open), device=still_open.device)
-        self.documents = torch.cat([grid.documents, none_open], dim=1)[rows, still_open]
-        self.held = grid.held[:, -1]
+        empty_segment = torch.full_like(grid.documents[:, :1], NO_DOCUMENT)
+        rows = torch.arange(len(open_segment), device=open_segment.device)
+        self.open_documents = torch.cat([grid.documents, empty_segment], dim=1)[rows, open_segment]
+        self.memory_document = grid.memory_document[:, -1]
         self.columns += columns
         self.packed = grid.packed
-        self.room -= columns
-        if self.room < 0:
-            self.room = grid.S - int((self.documents != EMPTY).sum(1).max())
+        self.min_free_slots -= columns
+        if self.min_free_slots < 0:
+            self.min_free_slots = grid.S - int((self.open_documents != NO_DOCUMENT).sum(1).max())
 
     def nbytes(self) -> int:
-        """Of all its tensors."""
-        tensors = [self.documents, self.held]
-        for layer in self.layer_states:
+        """Return the size of all tensors in bytes."""
+        tensors = [self.open_documents, self.memory_document]
+        for layer in self.layer_caches:
             tensors += [*tree_leaves(layer.memory), layer.k, layer.v]
         return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -91,25 +93,25 @@ class InfiniCache(Cache):
         return self.columns
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1  # without limit
+        return -1  # unlimited
 
     @property
     def is_compileable(self) -> bool:
         return False
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep the rows named by `index` (…), in its order; a row may be named more than once."""
-        index = index.to(self.held.device)
-        self.documents, self.held = self.documents[index], self.held[index]
-        for state in self.layer_states:
-            state.memory = tree_map(lambda x: x[index], state.memory)
-            state.k, state.v = state.k[index], state.v[index]
+        """Keep the rows listed in `index`, in its order; a row may be listed more than once."""
+        index = index.to(self.memory_document.device)
+        self.open_documents, self.memory_document = self.open_documents[index], self.memory_document[index]
+        for layer in self.layer_caches:
+            layer.memory = tree_map(lambda x: x[index], layer.memory)
+            layer.k, layer.v = layer.k[index], layer.v[index]
 
-    reorder_cache = select_rows  # beam search
+    reorder_cache = select_rows  # transformers' name for it in beam search
     batch_select_indices = select_rows
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(len(self.held)).repeat_interleave(repeats))
+        self.select_rows(torch.arange(len(self.memory_document)).repeat_interleave(repeats))
 
     def crop(self, max_length: int) -> None:
         raise ValueError(
@@ -118,11 +120,12 @@ class InfiniCache(Cache):
         )
 
     def reset(self) -> None:
-        self.documents.fill_(EMPTY)
-        self.held.fill_(EMPTY)
+        """Empty the cache in place."""
+        self.open_documents.fill_(NO_DOCUMENT)
+        self.memory_document.fill_(NO_DOCUMENT)
         self.columns = 0
         self.packed = False
-        self.room = self.documents.shape[1]
-        for state in self.layer_states:
-            B, H, _, D = state.k.shape
-            state.memory = self.rule.empty_state(B, H, D, memory_dtype(state.k.dtype), state.k.device)
+        self.min_free_slots = self.open_documents.shape[1]
+        for layer in self.layer_caches:
+            B, H, _, D = layer.k.shape
+            layer.memory = self.rule.empty_state(B, H, D, memory_dtype(layer.k.dtype), layer.k.device)

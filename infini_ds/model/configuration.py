@@ -7,13 +7,16 @@ import math
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
 from .block_schedule import BlockSchedule
-from .memory import MemoryState  # noqa: F401  the rules need it, and transformers 4 copies direct imports alone
 from .memory_rule import get_memory_rule
 
 # isort: split
 # Each memory rule registers itself when its file is imported.
 from .delta_rule import DeltaRule  # noqa: F401
 from .linear_rule import LinearRule  # noqa: F401
+
+# isort: split
+# An export's code is copied by transformers 4, which follows direct imports alone: what the rules import is repeated.
+from .memory import MemoryState  # noqa: F401
 
 POSITION_EMBEDDINGS = ("segment", "rotary")
 SCHEDULE_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockSchedule))

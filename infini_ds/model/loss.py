@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token straight from hidden states, so that logits of a whole sequence never exist.
+"""Cross-entropy of the next token computed from hidden states, so that a sequence's logits are never materialized.
 
 Shapes: R rows (tokens), E width, V vocabulary.
 """
@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100  # the label that counts for nothing, as everywhere in Hugging Face's models
-LOGITS = 2**24  # numbers of a chunk's logits at most: 64 MiB in fp32, and products large enough for full speed
-ROWS = 1024  # of a chunk at most: with more, products are no faster, and on the CPU each chunk's pages are made anew
+IGNORE_INDEX = -100  # a label that is ignored, as in all of Hugging Face's models
+MAX_CHUNK_LOGITS = 2**24  # of a chunk: 64 MiB in fp32, and matrix products large enough for full speed
+MAX_CHUNK_ROWS = 1024  # with more, products are no faster, and on the CPU each chunk's pages are allocated again
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in fp32 (fp64 for fp64) for each row, 0 where the target is IGNORE_INDEX.
+    """Return -log p(target) for each row, in fp32 (fp64 for fp64), and 0 where the target is IGNORE_INDEX.
 
     Args:
         hidden: (R, E); weight: (V, E), the output embedding; targets: (R,).
@@ -32,11 +32,11 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum of `token_losses`, with gradients for `hidden` and `weight`.
+    """Return the sum of `token_losses`, with gradients for `hidden` and `weight`.
 
-    The gradients are computed along with the value, chunk by chunk, while the chunk's logits exist: three products in
-    all, where recomputing logits in the backward pass takes four. `F.linear_cross_entropy` of torch 2.13 does this too,
-    but sums in the precision of its input, which is 1% wrong in bf16.
+    The gradients are computed along with the value, chunk by chunk, while the chunk's logits exist: three matrix
+    products, where recomputing the logits in the backward pass takes four. `F.linear_cross_entropy` of torch 2.13 does
+    the same, but sums in the precision of its input, which in bf16 is off by 1%.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _SummedLoss.apply(hidden, weight, targets)
@@ -44,25 +44,25 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows whose logits exist at a time."""
-    return max(1, min(ROWS, LOGITS // vocabulary))
+    """Return how many rows' logits exist at a time."""
+    return max(1, min(MAX_CHUNK_ROWS, MAX_CHUNK_LOGITS // vocabulary))
 
 
-def _chunks(weight: Tensor, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of R rows each, split alike."""
-    return list(zip(*(x.split(chunk_rows(len(weight))) for x in of_rows), strict=True))
+def _chunks(weight: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Return tensors of R rows each, split into the same chunks."""
+    return list(zip(*(x.split(chunk_rows(len(weight))) for x in tensors), strict=True))
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(R,) losses of a chunk."""
+    """Return the losses (R,) of a chunk."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return F.nll_loss(log_p, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _softmax_and_losses(logits: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Of a chunk: its probabilities into `out` (R, V), and (R,) losses, with one exponential of each number.
+    """Write a chunk's probabilities into `out` (R, V) and return its losses (R,), with one exponential a logit.
 
-    A target's own probability may underflow. The greatest never does, so the normalization is taken from there:
+    A target's own probability may underflow. The largest one never does, so the normalization is taken from it:
     log sum exp(logits) = max(logits) - log(max(p)).
     """
     torch.softmax(logits, -1, out.dtype, out=out)
@@ -74,15 +74,15 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         device = hidden.device.type
-        lowers = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # as autocast does for F.linear
-        dtype = torch.get_autocast_dtype(device) if lowers else hidden.dtype
+        autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # as for F.linear
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
         with torch.autocast(device, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
             grad_hidden = torch.empty_like(h)
             grad_weight = torch.zeros_like(w, dtype=total.dtype)
             chunks = _chunks(w, h, targets, grad_hidden)
-            # For the logits of each chunk and their softmax: memory made anew for each costs more than the softmax.
+            # All chunks share two buffers: allocating them for each chunk costs more time than the softmax.
             size = len(chunks[0][0]), len(w)
             logits, p = h.new_empty(size), h.new_empty(size, dtype=total.dtype)
             for rows, t, grad_rows in chunks:

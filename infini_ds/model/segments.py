@@ -1,33 +1,35 @@
-"""Where each token of a batch stands: its segment, its document, what it may read from the memory and write to it.
+"""Where each token of a batch lies: its segment, its document, what it may read from the memory and write to it.
 
-Tokens are laid out on a grid of N segments of S slots a row. Padding has no slot: a row with padding anywhere gives
-what its tokens alone give. Shapes: B batch, T tokens given, N segments, S slots in a segment.
+Each row is a grid of N segments of S slots. Padding gets no slot, so a row with padding anywhere gives what its tokens
+alone give. Shapes: B batch, T input tokens, N segments, S slots in a segment.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EMPTY = -1  # the document of a slot without a token, and of a memory without content
+NO_DOCUMENT = -1  # the document of a slot without a token, and of an empty memory
 
 
 @dataclass(frozen=True)
 class SegmentGrid:
-    """The grid of a batch, or a block of its segments. None stands for the plain case, which needs no mask.
+    """The grid of a batch, or of a block of its segments. A None means that the plain case needs no mask.
 
     Attributes:
         N, S: segments a row, slots a segment.
-        slots: (B, T) the slot of each token given; padding points behind the last one. None: token t is in slot t.
-        documents: (B, N, S) the document of each slot, EMPTY without a token. None: one document, no padding.
-        held: (B, N + 1) the document in the memory before each segment and after the last. None as for documents.
-        read: bool, broadcastable to (B, N, S): tokens whose own document is in the memory before their segment.
-        write: bool, broadcastable to (B, N, S): tokens that are written when their segment ends. None: all.
-        from_cache: (B, S) slots of the first segment whose tokens came before. None: no cache, or not the first block.
-        packed: a row may hold several documents. If not, causal attention is all that slots need: tokens fill them from
-            the first one on, and those behind the last token are seen by no token.
-        step: only the tokens given are computed, not all slots; N is 1 and the other slots come from a cache.
+        slots: (B, T) the slot of each input token; N * S for padding. None: token t has slot t.
+        documents: (B, N, S) the document of each slot, NO_DOCUMENT without a token. None: one document, no padding.
+        memory_document: (B, N + 1) the document in the memory before each segment and after the last. None as above.
+        read_mask: bool, broadcastable to (B, N, S): tokens whose own document is in the memory before their segment.
+        write_mask: bool, broadcastable to (B, N, S): tokens that are written when their segment ends. None: all.
+        cached_slots: bool (B, S), slots of the first segment whose tokens come from a cache. None: no cache, or not
+            the first block.
+        packed: a row may hold several documents. Otherwise causal attention needs no mask: tokens fill the slots from
+            the first one on, and no token sees the slots after the last token.
+        incremental: only the input tokens are computed, not all slots; N is 1, and a cache fills the other slots.
         memory_of: (B,) the row whose memory each row reads. None: its own.
     """
 
@@ -35,58 +37,63 @@ class SegmentGrid:
     S: int
     slots: Tensor | None = None
     documents: Tensor | None = None
-    held: Tensor | None = None
-    read: Tensor | None = None
-    write: Tensor | None = None
-    from_cache: Tensor | None = None
+    memory_document: Tensor | None = None
+    read_mask: Tensor | None = None
+    write_mask: Tensor | None = None
+    cached_slots: Tensor | None = None
     packed: bool = False
-    step: bool = False
+    incremental: bool = False
     memory_of: Tensor | None = None
 
-    def place(self, values: Tensor, empty: int) -> Tensor:
-        """(B, T) values of the tokens given -> (B, N * S) in their slots, `empty` elsewhere."""
+    def to_slots(self, values: Tensor, fill: int) -> Tensor:
+        """Return (B, T) values of the input tokens in their slots, (B, N * S), and `fill` elsewhere."""
         if self.slots is None:
-            return F.pad(values, (0, self.N * self.S - values.shape[1]), value=empty)
-        grid = values.new_full((values.shape[0], self.N * self.S + 1), empty)
+            return F.pad(values, (0, self.N * self.S - values.shape[1]), value=fill)
+        grid = values.new_full((values.shape[0], self.N * self.S + 1), fill)
         return grid.scatter_(1, self.slots, values)[:, :-1]
 
-    def next_tokens(self, labels: Tensor, ignored: int) -> Tensor:
-        """(B, T) labels -> for each place computed, (B, N * S) or in a step (B, T), the label of the token after it."""
-        following = F.pad(self.place(labels, ignored)[:, 1:], (0, 1), value=ignored)
-        if self.step:
-            return F.pad(following, (0, 1), value=ignored).gather(1, self.slots)
-        if self.from_cache is not None:  # tokens that came before are not computed again
-            following[:, : self.S].masked_fill_(self.from_cache, ignored)
-        return following
-
-    def reading_from(self, memory_of: Tensor) -> "SegmentGrid":
-        """The grid whose rows read the memories of the rows `memory_of` (B,), where anything has been written there."""
-        if self.held is None:  # all rows are alike
-            return replace(self, memory_of=memory_of)
-        written = self.held[memory_of, :-1, None] != EMPTY
-        return replace(self, read=self.read & written, memory_of=memory_of)
-
-    def collect(self, grid: Tensor, T: int) -> Tensor:
-        """(B, N * S, …) -> (B, T, …) in the order that the tokens were given in; padding gets 0."""
-        if self.slots is None or self.step:
+    def from_slots(self, grid: Tensor, T: int) -> Tensor:
+        """Return (B, N * S, …) values in the order of the T input tokens, (B, T, …); padding gets 0."""
+        if self.slots is None or self.incremental:
             return grid[:, :T]
         grid = torch.cat([grid, torch.zeros_like(grid[:, :1])], dim=1)
         rows = torch.arange(grid.shape[0], device=grid.device)[:, None]
         return grid[rows, self.slots]
 
+    def shift_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Return the label of the next token for each computed position, (B, N * S) or, if incremental, (B, T).
+
+        `labels`: (B, T), of the input tokens.
+        """
+        following = F.pad(self.to_slots(labels, ignore_index)[:, 1:], (0, 1), value=ignore_index)
+        if self.incremental:
+            return F.pad(following, (0, 1), value=ignore_index).gather(1, self.slots)
+        if self.cached_slots is not None:  # tokens of the cache are not computed again
+            following[:, : self.S].masked_fill_(self.cached_slots, ignore_index)
+        return following
+
+    def with_memory_of(self, memory_of: Tensor) -> "SegmentGrid":
+        """Return the grid whose rows read the memories of rows `memory_of` (B,), where these hold anything."""
+        if self.memory_document is None:  # all rows have the same masks
+            return replace(self, memory_of=memory_of)
+        written = self.memory_document[memory_of, :-1, None] != NO_DOCUMENT
+        return replace(self, read_mask=self.read_mask & written, memory_of=memory_of)
+
     def positions(self, device: torch.device) -> Tensor:
-        """Positions in their segment of the tokens computed: (S,), or (B, T) in a step."""
-        return self.slots.clamp_max(self.S - 1) if self.step else torch.arange(self.S, device=device)
+        """Return the positions of the computed tokens in their segment: (S,) or, if incremental, (B, T)."""
+        return self.slots.clamp_max(self.S - 1) if self.incremental else torch.arange(self.S, device=device)
 
     def local_mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Which slots of its segment each token sees: bool (B * N, 1, S, S), (1, 1, S, S) if all segments are alike, or
-        in a step (B, 1, T, S). None: plain causal attention.
+        """Return which slots of its segment each token attends to; None for plain causal attention.
 
-        `window`: how many tokens back a token sees, itself included (GPT-Neo's "local" layers); None for all.
+        Args:
+            window: how many tokens back a token attends, itself included (GPT-Neo's "local" layers); None for all.
+        Returns:
+            bool: (B * N, 1, S, S), (1, 1, S, S) if all segments have the same mask, or (B, 1, T, S) if incremental.
         """
         if window is not None and window >= self.S:
             window = None
-        by_document = self.packed or self.step
+        by_document = self.packed or self.incremental
         if not by_document and window is None:
             return None
         position = self.positions(device)
@@ -95,121 +102,124 @@ class SegmentGrid:
         if not by_document:
             return mask[None, None]
         keys = self.documents
-        queries = self._of_step(keys) if self.step else keys
-        # A slot without a token is equal to its like, so that its row of the softmax is not empty: no NaN.
+        queries = self._at_input_tokens(keys) if self.incremental else keys
+        # Slots without a token attend to each other: a row of the softmax without any key would be NaN.
         mask = (queries[..., :, None] == keys[..., None, :]) & mask.view(-1, 1, *mask.shape[-2:])
-        if self.step:
+        if self.incremental:
             mask = mask | (self.slots == self.S)[:, None, :, None]
         return mask.flatten(0, 1)[:, None]
 
-    def _of_step(self, per_slot: Tensor) -> Tensor:
-        """(B, 1, S) -> (B, 1, T): what belongs to the tokens of a step."""
+    def _at_input_tokens(self, per_slot: Tensor) -> Tensor:
+        """Return (B, 1, S) values of slots at the input tokens, (B, 1, T); N is 1."""
         return per_slot.gather(2, self.slots.clamp_max(self.S - 1)[:, None])
 
-    def blocks(self, segments_per_block: int | None):
-        """Yield (first segment, grid of this block's segments)."""
+    def split(self, segments_per_block: int | None) -> Iterator[tuple[int, "SegmentGrid"]]:
+        """Yield (index of its first segment, grid) for each block of segments; None: one block."""
         G = segments_per_block or self.N
         for first in range(0, self.N, G):
             last = min(first + G, self.N)
             part = {
                 "documents": None if self.documents is None else self.documents[:, first:last],
-                "held": None if self.held is None else self.held[:, first : last + 1],
-                "read": self.read[:, first:last],
-                "write": None if self.write is None else self.write[:, first:last],
-                "from_cache": self.from_cache if first == 0 else None,
+                "memory_document": None if self.memory_document is None else self.memory_document[:, first : last + 1],
+                "read_mask": self.read_mask[:, first:last],
+                "write_mask": None if self.write_mask is None else self.write_mask[:, first:last],
+                "cached_slots": self.cached_slots if first == 0 else None,
             }
-            yield first, self if self.step else replace(self, N=last - first, slots=None, **part)
+            yield first, self if self.incremental else replace(self, N=last - first, slots=None, **part)
 
 
-def lay_out(
+def build_grid(
     input_ids: Tensor,
     S: int,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> SegmentGrid:
-    """The grid of rows that start with an empty memory.
+    """Return the grid of rows that start with an empty memory.
 
     Args:
         input_ids: (B, T); S: segment length.
-        attention_mask: (B, T), 0 for padding, which may stand anywhere.
+        attention_mask: (B, T), 0 for padding, which may be anywhere.
         document_ids: (B, T) integers from 0, never decreasing in a row.
     """
     B, T = input_ids.shape
     device = input_ids.device
     N = max(1, -(-T // S))
     if N == 1:
-        S = max(1, T)  # a row of one segment needs no empty slots behind it
+        S = max(1, T)  # a row of one segment needs no empty slots at its end
     if attention_mask is None and document_ids is None:
-        read = torch.arange(N, device=device)[None, :, None] > 0
-        write = None if T == N * S else (torch.arange(N * S, device=device) < T).view(1, N, S)
-        return SegmentGrid(N, S, read=read, write=write)
+        read_mask = torch.arange(N, device=device)[None, :, None] > 0
+        write_mask = None if T == N * S else (torch.arange(N * S, device=device) < T).view(1, N, S)
+        return SegmentGrid(N, S, read_mask=read_mask, write_mask=write_mask)
     packed = document_ids is not None
     if document_ids is None:
         document_ids = torch.zeros_like(input_ids)
     slots = None if attention_mask is None else token_slots(attention_mask.bool(), N * S)
     grid = SegmentGrid(N, S, slots, packed=packed)
-    documents = grid.place(document_ids, EMPTY).view(B, N, S)
-    return with_documents(grid, documents, documents.new_full((B,), EMPTY))
+    documents = grid.to_slots(document_ids, NO_DOCUMENT).view(B, N, S)
+    return with_documents(grid, documents, documents.new_full((B,), NO_DOCUMENT))
 
 
-def lay_out_after(
+def build_grid_after_cache(
     open_documents: Tensor,
-    held: Tensor,
+    memory_document: Tensor,
     attention_mask: Tensor,
     document_ids: Tensor | None = None,
     packed: bool = False,
     N: int | None = None,
 ) -> tuple[SegmentGrid, Tensor]:
-    """The grid of tokens that follow those in a cache: each row's open segment stands in front of them.
+    """Return the grid of tokens that follow those in a cache: it starts with each row's open segment.
 
     Args:
-        open_documents: (B, S) the documents of the open segment, EMPTY behind its last token.
-        held: (B,) the document in the memory, EMPTY if none.
-        attention_mask: (B, T), 0 for padding; document_ids: (B, T), or None where the last document goes on.
+        open_documents: (B, S) the document of each slot of the open segment, NO_DOCUMENT after its last token.
+        memory_document: (B,) the document in the memory, NO_DOCUMENT if it is empty.
+        attention_mask: (B, T), 0 for padding; document_ids: (B, T), or None if the last document continues.
         packed: the open segments may hold several documents.
-        N: segments of the grid, if known. None: to count them, the host waits for the device.
+        N: segments of the grid, if known. None: count them, for which the host waits for the device.
     Returns:
-        The grid, and (B,) the segment of the grid that is open afterwards: N where the row's last one is full.
+        The grid, and (B,) the index of the segment that is open afterwards: N where the row's last segment is full.
     """
     B, S = open_documents.shape
     valid = attention_mask.bool()
-    from_cache = open_documents != EMPTY
-    length = from_cache.sum(1)
+    cached_slots = open_documents != NO_DOCUMENT
+    length = cached_slots.sum(1)
     total = length + valid.sum(1)
     if N is None:
         N = max(1, -(-int(total.max()) // S))
     packed = packed or document_ids is not None
     if document_ids is None:
-        document_ids = torch.maximum(held, open_documents.amax(1)).clamp_min(0)[:, None].expand(valid.shape)
+        last_document = torch.maximum(memory_document, open_documents.amax(1)).clamp_min(0)
+        document_ids = last_document[:, None].expand(valid.shape)
     slots = token_slots(valid, N * S, length[:, None])
-    grid = SegmentGrid(N, S, slots, from_cache=from_cache, packed=packed, step=N == 1)
-    documents = grid.place(document_ids, EMPTY).view(B, N, S)
-    documents[:, 0] = torch.where(from_cache, open_documents, documents[:, 0])
-    still_open = total // S
-    closed = torch.arange(N, device=valid.device) < still_open[:, None]
-    return with_documents(grid, documents, held, closed), still_open
+    grid = SegmentGrid(N, S, slots, cached_slots=cached_slots, packed=packed, incremental=N == 1)
+    documents = grid.to_slots(document_ids, NO_DOCUMENT).view(B, N, S)
+    documents[:, 0] = torch.where(cached_slots, open_documents, documents[:, 0])
+    open_segment = total // S
+    closed = torch.arange(N, device=valid.device) < open_segment[:, None]
+    return with_documents(grid, documents, memory_document, closed), open_segment
 
 
 def token_slots(valid: Tensor, size: int, first: Tensor | int = 0) -> Tensor:
-    """(B, T) slots of the valid tokens, counted from `first` (an int or (B, 1)); padding gets slot `size`."""
+    """Return the slots of the valid tokens (B, T), counted from `first` (an int or (B, 1)); `size` for padding."""
     return (first + valid.cumsum(1) - 1).masked_fill(~valid, size)
 
 
-def with_documents(grid: SegmentGrid, documents: Tensor, held: Tensor, closed: Tensor | None = None) -> SegmentGrid:
-    """The grid with what its tokens read and write, which follows from the documents.
+def with_documents(
+    grid: SegmentGrid, documents: Tensor, memory_document: Tensor, closed: Tensor | None = None
+) -> SegmentGrid:
+    """Return the grid with the masks of reading and writing, which follow from the documents.
 
     Args:
-        documents: (B, N, S); held: (B,) the document in the memory before the first segment.
-        closed: bool (B, N), the segments that are written now; None: all.
+        documents: (B, N, S); memory_document: (B,) the document in the memory before the first segment.
+        closed: bool (B, N), the segments that are written in this call; None: all.
     """
-    latest = documents.amax(-1)  # ids never decrease, so the greatest is that of the last token
+    latest = documents.amax(-1)  # ids never decrease, so the largest is that of the last token
     if closed is not None:
-        latest = latest.masked_fill(~closed, EMPTY)
-    held = torch.cat([held[:, None], latest], dim=1).cummax(1).values  # (B, N + 1)
-    has_token = documents != EMPTY
-    read = has_token & (documents == held[:, :-1, None])
-    write = has_token & (documents == held[:, 1:, None])
+        latest = latest.masked_fill(~closed, NO_DOCUMENT)
+    memory_document = torch.cat([memory_document[:, None], latest], dim=1).cummax(1).values  # (B, N + 1)
+    has_token = documents != NO_DOCUMENT
+    read_mask = has_token & (documents == memory_document[:, :-1, None])
+    write_mask = has_token & (documents == memory_document[:, 1:, None])
     if closed is not None:
-        write = write & closed[:, :, None]
-    grid = replace(grid, documents=documents, held=held, write=write)
-    return replace(grid, read=grid._of_step(read) if grid.step else read)
+        write_mask = write_mask & closed[:, :, None]
+    grid = replace(grid, documents=documents, memory_document=memory_document, write_mask=write_mask)
+    return replace(grid, read_mask=grid._at_input_tokens(read_mask) if grid.incremental else read_mask)

@@ -69,13 +69,13 @@ def test_the_configuration_rejects_a_schedule_given_in_code(name, tmp_path):
 
 def block_tokens(model: InfiniGPTNeoForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which each block that the model computes from now on adds its number of tokens in a row."""
-    computed, block = [], model.transformer.block
+    computed, block = [], model.transformer.forward_block
 
     def counted(ids, *args):
         computed.append(ids.shape[1])
         return block(ids, *args)
 
-    monkeypatch.setattr(model.transformer, "block", counted)
+    monkeypatch.setattr(model.transformer, "forward_block", counted)
     return computed
 
 

@@ -101,7 +101,7 @@ def test_autocast_goes_on_from_a_cache(position_embedding, pieces):
             out = model(piece, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits.append(out.logits)
-    assert {x.dtype for layer in cache.layer_states for x in layer.memory} == {torch.float32}
+    assert {x.dtype for layer in cache.layer_caches for x in layer.memory} == {torch.float32}
     assert_close(torch.cat(logits, dim=1), want, rtol=0.02, atol=0.1)
 
 
@@ -116,8 +116,8 @@ def test_without_a_document_the_last_one_goes_on():
 
 
 def cache_bytes(cache: InfiniCache) -> int:
-    tensors = [cache.documents, cache.held]
-    tensors += [x for layer in cache.layer_states for x in (*layer.memory, layer.k, layer.v)]
+    tensors = [cache.open_documents, cache.memory_document]
+    tensors += [x for layer in cache.layer_caches for x in (*layer.memory, layer.k, layer.v)]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
@@ -308,9 +308,9 @@ def test_generation_without_memory():
 def test_one_token_at_a_time_costs_one_token(monkeypatch):
     """What each step computes does not grow with the text."""
     model, widths = writer(), []
-    block = model.transformer.block
+    block = model.transformer.forward_block
     monkeypatch.setattr(
-        model.transformer, "block", lambda ids, *args: (widths.append(tuple(ids.shape)), block(ids, *args))[1]
+        model.transformer, "forward_block", lambda ids, *args: (widths.append(tuple(ids.shape)), block(ids, *args))[1]
     )
     generate(model, random_ids(2, 2 * S), new_tokens=30)
     assert widths == [(2, 2 * S)] + [(2, 1)] * 29

@@ -21,7 +21,7 @@ from infini_ds.model.memory import (
     segment_updates,
 )
 from infini_ds.model.memory_rule import RULES
-from infini_ds.model.segments import EMPTY, lay_out, lay_out_after
+from infini_ds.model.segments import NO_DOCUMENT, build_grid, build_grid_after_cache
 
 many = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -68,7 +68,9 @@ def all_states(before: MemoryState, after: MemoryState) -> MemoryState:
     return MemoryState(*(torch.cat([x, y[:, None]], dim=1) for x, y in zip(before, after, strict=True)))
 
 
-@pytest.mark.parametrize("held", [None, [0, 0, 0, 0, 0], [EMPTY, 0, 0, 2, 2], [3, 3, 5, 6, 6], [EMPTY, EMPTY, 0, 0, 1]])
+@pytest.mark.parametrize(
+    "held", [None, [0, 0, 0, 0, 0], [NO_DOCUMENT, 0, 0, 2, 2], [3, 3, 5, 6, 6], [NO_DOCUMENT, NO_DOCUMENT, 0, 0, 1]]
+)
 @pytest.mark.parametrize("together", [1, 2, 3, 16])
 def test_prefix_sums_are_the_recurrence(held, together, monkeypatch):
     """The linear rule one segment after the other, emptied where the document changes."""
@@ -247,22 +249,22 @@ def packed_rows(draw):
 def test_grid_follows_the_rules_of_packed_documents(case):
     documents, mask, S = case
     B, T = documents.shape
-    grid = lay_out(documents, S, mask, documents)
+    grid = build_grid(documents, S, mask, documents)
     for b in range(B):
         tokens = [int(documents[b, t]) for t in range(T) if mask[b, t]]
-        held = EMPTY
+        held = NO_DOCUMENT
         for s in range(grid.N):
             segment = tokens[s * grid.S : (s + 1) * grid.S]
-            slots = segment + [EMPTY] * (grid.S - len(segment))
+            slots = segment + [NO_DOCUMENT] * (grid.S - len(segment))
             assert grid.documents[b, s].tolist() == slots
-            assert grid.held[b, s] == held
-            assert grid.read[b, s].tolist() == [d == held != EMPTY for d in slots]
+            assert grid.memory_document[b, s] == held
+            assert grid.read_mask[b, s].tolist() == [d == held != NO_DOCUMENT for d in slots]
             held = segment[-1] if segment else held
-            assert grid.write[b, s].tolist() == [d == held and i < len(segment) for i, d in enumerate(slots)]
-        assert grid.held[b, -1] == held
+            assert grid.write_mask[b, s].tolist() == [d == held and i < len(segment) for i, d in enumerate(slots)]
+        assert grid.memory_document[b, -1] == held
     # What goes onto the grid comes back, and padding gets nothing.
     numbers = torch.arange(1, B * T + 1).view(B, T)
-    assert torch.equal(grid.collect(grid.place(numbers, 0), T), numbers * mask)
+    assert torch.equal(grid.from_slots(grid.to_slots(numbers, 0), T), numbers * mask)
 
 
 @given(packed_rows(), st.integers(0, 20))
@@ -272,26 +274,28 @@ def test_grid_goes_on_where_a_cache_ended(case, cut):
     documents, mask, S = case
     B, T = documents.shape
     cut = min(cut, T)
-    none, nothing = torch.full((B, S), EMPTY), torch.full((B,), EMPTY)
-    first, open_1 = lay_out_after(none, nothing, mask[:, :cut], documents[:, :cut])
+    none, nothing = torch.full((B, S), NO_DOCUMENT), torch.full((B,), NO_DOCUMENT)
+    first, open_1 = build_grid_after_cache(none, nothing, mask[:, :cut], documents[:, :cut])
     rows = torch.arange(B)
     held_documents = torch.cat([first.documents, none[:, None]], dim=1)[rows, open_1]
-    second, open_2 = lay_out_after(held_documents, first.held[:, -1], mask[:, cut:], documents[:, cut:])
-    whole, open_whole = lay_out_after(none, nothing, mask, documents)
+    second, open_2 = build_grid_after_cache(
+        held_documents, first.memory_document[:, -1], mask[:, cut:], documents[:, cut:]
+    )
+    whole, open_whole = build_grid_after_cache(none, nothing, mask, documents)
     assert torch.equal(open_1 + open_2, open_whole)
-    assert torch.equal(second.held[:, -1], whole.held[:, -1])
+    assert torch.equal(second.memory_document[:, -1], whole.memory_document[:, -1])
     for b in range(B):
         n = int(open_2[b])
         closed = torch.cat([first.documents[b, : open_1[b]], second.documents[b, :n]])
         assert torch.equal(closed, whole.documents[b, : open_whole[b]])
-        written = torch.cat([first.write[b, : open_1[b]], second.write[b, :n]])
-        assert torch.equal(written, whole.write[b, : open_whole[b]])
+        written = torch.cat([first.write_mask[b, : open_1[b]], second.write_mask[b, :n]])
+        assert torch.equal(written, whole.write_mask[b, : open_whole[b]])
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 39])
 def test_losses_equal_cross_entropy_at_every_chunk(rows, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(loss, "LOGITS", 16 * 7)
+    monkeypatch.setattr(loss, "MAX_CHUNK_LOGITS", 16 * 7)
     hidden, weight = random(rows, 3).requires_grad_(), random(7, 3).requires_grad_()
     targets = torch.randint(0, 7, (rows,))
     targets[::3] = IGNORE_INDEX

@@ -402,11 +402,11 @@ def test_a_row_that_reads_anothers_memory_is_its_segments_after_the_others_cache
             before = other[:, :start]
             cache = model(before, use_cache=True).past_key_values if start else None
             if cache is not None:  # where the other row has ended inside a segment, that has to be closed
-                for state, closed in zip(cache.layer_states, model(before).memory, strict=True):
+                for state, closed in zip(cache.layer_caches, model(before).memory, strict=True):
                     state.memory = closed
-                cache.documents.fill_(-1)
-                cache.held.fill_(0)
-                cache.room = S
+                cache.open_documents.fill_(-1)
+                cache.memory_document.fill_(0)
+                cache.min_free_slots = S
             expected.append(model(one[:, start : start + S], past_key_values=cache).logits)
         ids = torch.zeros(2, max(lengths), dtype=torch.long)
         ids[0, :T], ids[1, :U] = one, other
@@ -513,7 +513,7 @@ def test_loss_reduction_names_its_values():
 def test_losses_over_more_rows_than_a_chunk(checkpointing, monkeypatch):
     """The loss is taken in chunks of rows: one by one, summed, or inside of a checkpoint, it is the same."""
     model = tiny_model(segments_per_block=200).train()
-    monkeypatch.setattr(chunked_loss, "LOGITS", 300 * model.config.vocab_size)
+    monkeypatch.setattr(chunked_loss, "MAX_CHUNK_LOGITS", 300 * model.config.vocab_size)
     model.transformer.gradient_checkpointing = checkpointing
     ids = random_ids(2, 1301)
     want = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")

@@ -1,0 +1,101 @@
+"""Infini-attention: local attention in a segment and the compressive memory of all segments before it.
+
+Shapes: B batch, E width, H heads, N segments, S slots in a segment, T tokens of an incremental call, D head size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_map
+
+from .cache import LayerCache
+from .configuration import InfiniGPTNeoConfig
+from .local_attention import local_attention, rotary_angles, rotate
+from .memory import blend
+from .memory_rule import State, get_memory_rule
+from .segments import SegmentGrid
+
+
+class InfiniAttention(nn.Module):
+    """Local attention and the memory, blended by one gate a head."""
+
+    def __init__(self, config: InfiniGPTNeoConfig, attention_type: str):
+        super().__init__()
+        self.config = config
+        self.window = config.window_size if attention_type == "local" else None
+        E = config.hidden_size
+        self.k_proj = nn.Linear(E, E, bias=False)
+        self.v_proj = nn.Linear(E, E, bias=False)
+        self.q_proj = nn.Linear(E, E, bias=False)
+        self.out_proj = nn.Linear(E, E, bias=True)
+        self.beta = nn.Parameter(torch.full((config.num_heads,), float(config.gate_init)))
+        self.rule = get_memory_rule(config.memory_rule)
+        self.memory_parameters = nn.ParameterDict(self.rule.parameters(config))
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        grid: SegmentGrid,
+        mask: Tensor | BlockMask | None,
+        state: State,
+        cached: LayerCache | None,
+    ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
+        """Return the output (B, N * S, E), the memory after the block, and k and v (B, N, H, S, D).
+
+        Args:
+            hidden: (B, N * S, E); grid: of the block; mask: for `local_attention`.
+            state: the memory before the block.
+            cached: keys and values of the tokens in the first segment that come from a cache.
+        """
+        B, H, D = hidden.shape[0], self.config.num_heads, self.config.head_dim
+        q, k, v = (
+            project(hidden).view(B, grid.N, -1, H, D).transpose(2, 3)  # (B, N, H, S, D)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cached is not None:
+            k, v = _insert_cached(k, cached.k, grid), _insert_cached(v, cached.v, grid)
+
+        local_q, local_k = self._with_positions(q, k, grid)
+        local = local_attention(
+            *(x.flatten(0, 1) for x in (local_q, local_k, v)),
+            mask,
+            self.config.attention_dropout if self.training else 0.0,
+        ).unflatten(0, (B, grid.N))
+
+        # Without autocast: the memory stays in fp32 whatever the precision of the layer.
+        with torch.autocast(hidden.device.type, enabled=False):
+            before, state = self.rule.write(state, k, v, grid.write_mask, grid.memory_document, self.memory_parameters)
+            if grid.memory_of is not None:
+                before = tree_map(lambda x: x[grid.memory_of], before)
+            retrieved = self.rule.read(q, before, self.memory_parameters)
+            out = blend(local, retrieved, self.beta, grid.read_mask)
+        out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
+        return self.dropout(out), state, (k, v)
+
+    def _with_positions(self, q: Tensor, k: Tensor, grid: SegmentGrid) -> tuple[Tensor, Tensor]:
+        """Return queries and keys for local attention, rotated if positions are rotary."""
+        if self.config.position_embedding != "rotary":
+            return q, k
+        slots = torch.arange(grid.S, device=q.device)
+        positions = grid.positions(q.device)
+        if grid.incremental:
+            positions = positions[:, None, None]  # (B, N = 1, H = 1, T)
+        D, base = self.config.head_dim, self.config.rotary_base
+        return rotate(q, *rotary_angles(positions, D, base)), rotate(k, *rotary_angles(slots, D, base))
+
+
+def _insert_cached(new: Tensor, cached: Tensor, grid: SegmentGrid) -> Tensor:
+    """Return keys or values of all slots (B, N, H, S, D): `new`, and those of the open segment from the cache.
+
+    Args:
+        new: (B, N, H, S, D), or (B, 1, H, T, D) of the input tokens alone if the grid is incremental.
+        cached: (B, H, S, D).
+    """
+    cached = cached.to(new.dtype)  # under autocast, `new` has a lower precision than the model, as without a cache
+    if grid.incremental:
+        cached = torch.cat([cached, torch.zeros_like(cached[:, :, :1])], dim=2)  # one more slot, for padding
+        index = grid.slots[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3])
+        return cached.scatter(2, index, new[:, 0])[:, None, :, :-1]
+    first = torch.where(grid.cached_slots[:, None, :, None], cached, new[:, 0])
+    return torch.cat([first[:, None], new[:, 1:]], dim=1)
