@@ -22,7 +22,8 @@ from infini_ds.benchmarks.contenders import ModelShape, build_contender, is_infi
 from infini_ds.benchmarks.results import GenerationSpeed, Operator, Profile, TrainingSpeed
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
-from infini_ds.planning.hardware import peak_flops, training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
+from infini_ds.planning.hardware import peak_flops
 
 WARM_UP_TOKENS = 4096  # enough to run every kernel once; longer rows are not run twice
 NEW_TOKENS = 64

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from infini_ds.metrics.memory_diagnostics import MemoryDiagnostics, gate_metrics
 from infini_ds.metrics.metric_writers import MetricWriter, gates, memory_metrics
 from infini_ds.metrics.throughput import ThroughputMeter
-from infini_ds.planning.hardware import memory_in_use, peak_flops, training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
+from infini_ds.planning.hardware import memory_in_use, peak_flops
 from infini_ds.training.hooks import Hook, Step
 from infini_ds.training.stability import RollbackReason
 from infini_ds.training.trainer import Trainer

@@ -15,7 +15,7 @@ from infini_ds.config.lr_schedule import factor, gate_factor
 from infini_ds.config.recipe import BatchSection, Recipe, ScheduleSection, load_recipe
 from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.model.presets import PRESETS, preset_config
-from infini_ds.planning.hardware import training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.run_lock import acquire_run_lock
 

@@ -15,7 +15,7 @@ from infini_ds.config.recipe import OptimizerRecipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, register_memory_rule
 from infini_ds.model.memory import MemoryState, prefix_sums, retrieve
 from infini_ds.model.memory_rule import RULES, MemoryRule, state_tensors
-from infini_ds.planning.hardware import training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.training.engine import parameter_groups
 
 many = settings(deadline=None, max_examples=40, derandomize=True)
