@@ -42,7 +42,7 @@ def _compare_pretraining(cells: list[Cell]) -> list[str]:
         if one and other:
             tokens = "equally many tokens" if same_tokens(pretrained, finetuned) else "different numbers of tokens"
             sentences.append(
-                f"**Pre-training or fine-tuning, segments of {pretrained.run.segment_length}**: loss "
+                f"**Pre-training or fine-tuning, {describe(finetuned.run)}**: loss "
                 f"{format_spread(one)} when pre-trained with the memory, {format_spread(other)} when the memory was "
                 f"added by fine-tuning, after {tokens}: {verdict(one, other, 'pre-training', 'fine-tuning')}"
             )
@@ -55,7 +55,7 @@ def _compare_with_plain(cells: list[Cell], context_length: int) -> list[str]:
     if not plain or not other:
         return []
     return [
-        f"**Memory or attention, segments of {cell.run.segment_length}**: loss {format_spread(one)} fine-tuned with "
+        f"**Memory or attention, {describe(cell.run)}**: loss {format_spread(one)} fine-tuned with "
         f"the memory, {format_spread(other)} fine-tuned as a plain GPT-Neo that attends to complete rows of "
         f"{plain.run.context_length:,} tokens: {verdict(one, other, 'the memory', 'plain attention')}"
         for cell in main_cells(cells, context_length)
@@ -167,6 +167,13 @@ def pretrained_and_finetuned(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
 
 def _shape(run: RunInfo) -> tuple[int, int, str, str]:
     return run.segment_length, run.context_length, run.memory_rule, run.gate_schedule
+
+
+def describe(run: RunInfo) -> str:
+    """Name a configuration in words, without its arm."""
+    parts = [f"segments of {run.segment_length}", f"rows of {run.context_length:,}", f"{run.memory_rule} rule"]
+    parts += [f"{run.gate_schedule} learning rate of the gates", *([run.axes_text] if run.axes else [])]
+    return ", ".join(parts)
 
 
 def same_tokens(one: Cell, other: Cell) -> bool:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from infini_ds.evaluation.plots import plt
+from infini_ds.evaluation.plots import Axes, Figure, plt
 from infini_ds.study.conclusions import HEADLINES, TASKS
 from infini_ds.study.reference_results import ACCURACIES, GPT_NEO, STEPS
 from infini_ds.study.results import OFF, ON, Cell, RunInfo, RunResult
@@ -24,7 +24,7 @@ def color_by_value(values: list[int]) -> dict[int, str]:
     return {value: COLORS[i % len(COLORS)] for i, value in enumerate(sorted(set(values)))}
 
 
-def plot_band(axes, cell: Cell, curve: Callable[[RunResult], Points], **style) -> None:
+def plot_band(axes: Axes, cell: Cell, curve: Callable[[RunResult], Points], **style: Any) -> None:
     """Plot a cell's mean curve and range at the x values where every seed has a point."""
     curves = [dict(curve(result)) for result in cell.results]
     places = sorted(set.intersection(*map(set, curves)))
@@ -37,7 +37,7 @@ def plot_band(axes, cell: Cell, curve: Callable[[RunResult], Points], **style) -
         axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def save(figure, file: Path, title: str, handles: dict[str, Any], columns: int = 6, foot: float = 0.09) -> Path:
+def save(figure: Figure, file: Path, title: str, handles: dict[str, Any], columns: int = 6, foot: float = 0.09) -> Path:
     """Save a figure with one legend for all panels, below them."""
     figure.suptitle(title, fontsize=13)
     if handles:
@@ -49,7 +49,7 @@ def save(figure, file: Path, title: str, handles: dict[str, Any], columns: int =
     return file
 
 
-def legend_handles(*panels) -> dict[str, Any]:
+def legend_handles(*panels: Axes) -> dict[str, Any]:
     """Return label -> handle of all panels, each label once."""
     found: dict[str, Any] = {}
     for axes in panels:
@@ -88,9 +88,15 @@ def plot_finetuning(cells: list[Cell], file: Path) -> Path:
     return save(figure, file, "Fine-tuning, by segment length", handles, columns=5, foot=0.14)
 
 
-def _plot_published(axes, task: str, colors: dict[int, str]) -> None:
+def _plot_published(axes: Axes, task: str, colors: dict[int, str]) -> None:
     fractions = [step / STEPS[-1] for step in STEPS]
-    style = {"linestyle": ":", "marker": "o", "markerfacecolor": "white", "markersize": 4, "linewidth": 1.1}
+    style: dict[str, Any] = {
+        "linestyle": ":",
+        "marker": "o",
+        "markerfacecolor": "white",
+        "markersize": 4,
+        "linewidth": 1.1,
+    }
     for segment_length, accuracies in ACCURACIES[task].items():
         label = f"published, {segment_length}"
         axes.plot(fractions, accuracies, color=colors[segment_length], label=label, alpha=0.8, **style)
@@ -157,7 +163,7 @@ def plot_pretraining(panels: dict[str, list[Cell]], file: Path) -> Path:
     width = max(8.0, 4.6 * len(panels) + 1)
     figure, row = plt.subplots(1, len(panels), figsize=(width, 5), sharey=True, squeeze=False)
     roles = list(dict.fromkeys(_role(cell) for cells in panels.values() for cell in cells))
-    colors = dict(zip(roles, (PLAIN_COLOR, *COLORS) if "base" in roles else COLORS, strict=False))
+    colors = dict(zip(roles, (PLAIN_COLOR, *COLORS) if roles[0].startswith("base") else COLORS, strict=False))
     for axes, (title, cells) in zip(row[0], panels.items(), strict=True):
         for cell in cells:
             style: dict[str, Any] = {"color": colors[_role(cell)], "label": _role(cell), "marker": "o", "markersize": 3}
@@ -173,11 +179,14 @@ def plot_pretraining(panels: dict[str, list[Cell]], file: Path) -> Path:
     ends = [loss for result in results for loss in (result.loss, result.loss_memory_off) if loss is not None]
     low, high = min(ends), max(ends)
     row[0][0].set_ylim(low - 0.1 * (high - low + 0.1), high + 1.2 * (high - low + 0.1))
-    return save(figure, file, "Pre-training with a memory, or adding it by fine-tuning", legend_handles(*row[0]))
+    columns, foot = (2, 0.18) if any(result.run.axes for result in results) else (6, 0.09)  # long labels
+    title = "Pre-training with a memory, or adding it by fine-tuning"
+    return save(figure, file, title, legend_handles(*row[0]), columns, foot)
 
 
 def _role(cell: Cell) -> str:
-    return f"{cell.run.arm}, plain" if not cell.run.uses_memory and cell.run.start_from else cell.run.arm
+    role = f"{cell.run.arm}, plain" if not cell.run.uses_memory and cell.run.start_from else cell.run.arm
+    return f"{role}, {cell.run.axes_text}" if cell.run.axes else role
 
 
 def _losses_by_tokens(result: RunResult, setting: str) -> Points:

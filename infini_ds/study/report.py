@@ -100,23 +100,34 @@ def pretraining_section(cells: list[Cell], context_length: int, pictures: Path) 
     rows: list[list[object]] = []
     panels: dict[str, list[Cell]] = {}
     plain = [cell for cell in cells if not cell.run.uses_memory and cell.run.context_length == context_length]
+    main = main_cells(cells, context_length)
+    axes: list[str] = []
     for pretrained, finetuned in pretrained_and_finetuned(cells):
         one, other = pretrained.over_seeds(loss), finetuned.over_seeds(loss)
         if one and other:
+            run, axes = finetuned.run, list(finetuned.run.axes)
+            shape = [run.segment_length, f"{run.context_length:,}", run.memory_rule, run.gate_schedule]
             disjoint = "yes" if one.ranges_disjoint(other) else "no"
-            shape = [pretrained.run.segment_length, pretrained.run.gate_schedule]
+            if min(len(one.values), len(other.values)) < 2:
+                disjoint = "one seed"
             difference = f"{one.mean - other.mean:+.4f}"
-            rows.append([*shape, *loss_columns(pretrained), *loss_columns(finetuned), difference, disjoint])
-            panels.setdefault(f"segments of {pretrained.run.segment_length}", [*plain, pretrained, finetuned])
+            row = [*loss_columns(pretrained), *loss_columns(finetuned), difference, disjoint]
+            rows.append([*shape, *run.axes.values(), *row])
+            if finetuned in main:
+                panel = panels.setdefault(f"segments of {run.segment_length}", [*plain])
+                panel += [cell for cell in (pretrained, finetuned) if cell not in panel]
     if not rows:
         return []
-    figures.plot_pretraining(panels, pictures / "pretraining-or-finetuning.png")
+    parts = ["## Pre-training or fine-tuning"]
+    if panels:
+        figures.plot_pretraining(panels, pictures / "pretraining-or-finetuning.png")
+        parts.append(image("Validation loss over all tokens seen", "pretraining-or-finetuning.png"))
     columns = [f"{way}: {name}" for way in ("pre-trained", "fine-tuned") for name in ("tokens", "loss", "memory off")]
-    header = ["segment length", "gate schedule", *columns, "difference", "ranges disjoint"]
+    header = ["segment length", "context length", "memory rule", "gate schedule", *axes, *columns]
+    header += ["difference", "ranges disjoint"]
     return [
-        "## Pre-training or fine-tuning",
-        image("Validation loss over all tokens seen", "pretraining-or-finetuning.png"),
-        table(header, rows, text_columns=("gate schedule",)),
+        *parts,
+        table(header, rows, text_columns=("memory rule", "gate schedule")),
         "Tokens include those of the plain GPT-Neo that fine-tuning starts from. The learning rate of fine-tuning "
         "starts again from its own warm-up; that of pre-training decays once over all steps.",
     ]
@@ -146,9 +157,11 @@ def published_table(task: str, finetuned: list[Cell], plain: Cell | None) -> str
     steps = sorted({step for cell in cells for result in cell.results for step in result.curve(task, metric)})
     rows: list[list[object]] = []
     for segment_length in sorted({*ACCURACIES[task], *(cell.run.segment_length for cell in finetuned)}):
-        cell = next((cell for cell in finetuned if cell.run.segment_length == segment_length), None)
+        of_length: list[Cell | None] = [cell for cell in finetuned if cell.run.segment_length == segment_length]
         published = [f"{accuracy:.3f}" for accuracy in ACCURACIES[task].get(segment_length, ())] or [""] * len(STEPS)
-        rows.append([segment_length, *published, *score_columns(cell, task, steps)])
+        for cell in of_length or [None]:
+            label = f"{segment_length}, {cell.run.axes_text}" if cell and cell.run.axes else segment_length
+            rows.append([label, *published, *score_columns(cell, task, steps)])
     rows.append(["plain", *[""] * (len(STEPS) - 1), f"{GPT_NEO[task]:.3f}", *score_columns(plain, task, steps)])
     columns = [*(f"published, step {step:,}" for step in STEPS), *(f"this study, step {step:,}" for step in steps)]
     note = "" if steps else "Not measured in this study."

@@ -36,6 +36,11 @@ class RunInfo:
         """Whether a row has more than one segment. Otherwise the memory is never read: the model is a plain GPT-Neo."""
         return self.segment_length < self.context_length
 
+    @property
+    def axes_text(self) -> str:
+        """The further axes, such as "learning_rate 0.001"; "" if there are none."""
+        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.axes.items())
+
 
 @dataclass(frozen=True)
 class Measurement:
