@@ -35,7 +35,7 @@ def locate(path: str | Path) -> ModelLocation:
     """Return the location of an exported folder, of a run's newest complete checkpoint, or of one checkpoint.
 
     Raises:
-        UserError: the path is none of the three, or a run without a complete checkpoint.
+        UserError: the path is not one of the three, or a run without a complete checkpoint.
     """
     path = Path(path)
     if not path.is_dir():

@@ -43,7 +43,7 @@ def preset_config(name: str, **overrides) -> InfiniGPTNeoConfig:
         ValueError: there is no such preset, or a field's value is not possible.
     """
     if name not in PRESETS:
-        raise ValueError(f"model.preset={name!r} is not one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
     fields = PRESETS[name] | overrides
     fields.setdefault("attention_types", _alternating(fields["num_layers"]))
     return InfiniGPTNeoConfig(**fields)

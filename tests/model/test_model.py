@@ -96,7 +96,7 @@ def test_no_schedule_changes_loss_or_gradient(batch, segments_per_block, checkpo
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("truncate_blocks", [1, 2, 3])
 def test_truncated_gradients_end_where_a_cache_begins(truncate_blocks, checkpointing):
-    """The last block's loss has the gradient that it has behind a cache of what came before the cut."""
+    """The last block's loss has the gradient that it has after a cache of what came before the cut."""
     S, G, blocks = 4, 2, 4
     model, ids = tiny_model(segment_length=S, segments_per_block=G).train(), random_ids(2, blocks * G * S)
     cut = (blocks - 1) // truncate_blocks * truncate_blocks * G * S
@@ -392,7 +392,7 @@ def test_the_memory_reaches_over_many_segments_and_local_attention_does_not():
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 @pytest.mark.parametrize("lengths", [(23, 23), (23, 9), (9, 23)])
 def test_a_row_that_reads_anothers_memory_is_its_segments_after_the_others_cache(lengths, rule, segments_per_block):
-    """Segment s of one row behind the other row's first s segments, one after the other: the obvious way."""
+    """Segment s of one row after the other row's first s segments, one after the other: the obvious way."""
     model = tiny_model(1, segment_length=4, memory_rule=rule, segments_per_block=segments_per_block)
     (T, U), S = lengths, 4
     one, other = random_ids(1, T, 1), random_ids(1, U, 2)
@@ -730,7 +730,7 @@ def test_presets_are_possible(name):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match=r"model.preset='huge' is not one of tiny"):
+    with pytest.raises(ValueError, match=r"preset='huge' is not one of tiny"):
         preset_config("huge")
 
 
