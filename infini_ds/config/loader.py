@@ -123,13 +123,13 @@ class Loader(Generic[S]):
         places = ", ".join(f"{name} {found.origin}" for name, found in given if found)
         return UserError(f"{sentence} ({places})" if places else sentence)
 
-    def _add(self, texts: dict, typed: dict, origin: str) -> None:
+    def _add(self, texts: dict[str, Any], typed: dict[str, Any], origin: str) -> None:
         for path, field, text, value in self._walk(texts, typed, self.kind, (), origin):
             self._given[path] = Given(field, text, origin, self._layers)
             _merge(self._typed, path, value)
 
     def _walk(
-        self, texts: dict, typed: dict, kind: type[Section], above: KeyPath, origin: str
+        self, texts: dict[str, Any], typed: dict[str, Any], kind: type[Section], above: KeyPath, origin: str
     ) -> Iterator[tuple[KeyPath, FieldInfo, Any, Any]]:
         """Yield (path, field, text, value with YAML's type) of each key, after a check of its name and form."""
         for (key, text), value in zip(texts.items(), typed.values(), strict=True):
@@ -152,12 +152,16 @@ class Loader(Generic[S]):
                     words = Key(".".join(path), field).values
                     raise UserError(f"{'.'.join(path)} {origin} must be {words}, not a group of keys")
                 if element is not None and isinstance(text, list):
-                    for i, entry in enumerate(text):
-                        place = (*path[:-1], f"{head}[{i}]")
-                        _check_group(place, entry, element, origin)
-                        for name in entry:
-                            self._current_name(str(name), element, place, origin)
+                    self._check_elements(path, text, element, origin)
                 yield path, field, text, value
+
+    def _check_elements(self, path: KeyPath, texts: list[Any], kind: type[Section], origin: str) -> None:
+        """Raise a UserError if an element of a list is not a group of keys of `kind`."""
+        for i, text in enumerate(texts):
+            place = (*path[:-1], f"{path[-1]}[{i}]")
+            _check_group(place, text, kind, origin)
+            for name in text:
+                self._current_name(str(name), kind, place, origin)
 
     def _current_name(self, name: str, kind: type[Section], above: KeyPath, origin: str) -> str:
         """Return the name of a field of `kind`, also for its earlier name, or raise a UserError."""

@@ -7,6 +7,7 @@ Training, planning and the doctor share this function, so that they accept and r
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,10 +52,10 @@ class ResolvedRun:
     sequence_length: int
     batch_shape: BatchShape
     precision: str
-    deepspeed: dict
+    deepspeed: dict[str, Any]
     model_config: InfiniGPTNeoConfig
     block_schedule: BlockSchedule
-    data_fingerprint: dict | None
+    data_fingerprint: dict[str, Any] | None
     cache_limit: int | None
 
 

@@ -13,7 +13,7 @@ ABSENT = "the default"  # of a key of model.config that one of the two recipes d
 RESUMABLE = frozenset(key.name for key in list_keys(Recipe) if key.resumable)
 
 
-def check_same_run(recipe: Recipe, data_fingerprint: dict) -> None:
+def check_same_run(recipe: Recipe, data_fingerprint: dict[str, Any]) -> None:
     """Raise a UserError if the run in `recipe.folder` was begun with a recipe or data that give other results.
 
     Keys that are `resumable` may differ; data may lie elsewhere, since their fingerprints are compared.

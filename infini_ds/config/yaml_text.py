@@ -26,7 +26,7 @@ _TextLoader.yaml_implicit_resolvers = {
 }
 
 
-def read_file(path: Path) -> tuple[dict, dict]:
+def read_file(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
     """Return a YAML file's keys and values with scalars as text, and with YAML's types.
 
     Raises:
@@ -49,7 +49,7 @@ def read_value(value: str) -> tuple[Any, Any]:
     Outside of brackets and quotes the text is taken as it is: `run #2` holds no comment, and `a: b` is no mapping.
 
     Raises:
-        ValueError: it begins as a list, a mapping or a quoted text of YAML, and is none.
+        ValueError: it begins as a list, a mapping or a quoted text, but is not valid YAML.
     """
     value = value.strip()
     if value[:1] in ("[", "{", "'", '"'):

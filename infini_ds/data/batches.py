@@ -176,9 +176,9 @@ def collate(samples: list[dict[str, np.ndarray]]) -> Batch:
         masks.append(torch.arange(T) < len(ids))
     attention_mask = torch.stack(masks)
     labels = input_ids.masked_fill(~attention_mask, IGNORE_INDEX)
-    if any(row.learned is not None for row in rows):
-        learned = [np.ones(T, bool) if row.learned is None else row.learned for row in rows]
-        labels = labels.masked_fill(~torch.from_numpy(np.stack(learned)), IGNORE_INDEX)
+    if any(row.loss_mask is not None for row in rows):
+        loss_masks = [np.ones(T, bool) if row.loss_mask is None else row.loss_mask for row in rows]
+        labels = labels.masked_fill(~torch.from_numpy(np.stack(loss_masks)), IGNORE_INDEX)
     numbers = [int(sample["row"]) for sample in samples]
     return Batch.from_tensors(input_ids, labels, attention_mask.long(), torch.stack(document_ids), numbers)
 

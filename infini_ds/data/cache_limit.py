@@ -26,7 +26,8 @@ def check_cache_limit(
         if source.remote is None:
             raise UserError(
                 f"{option}={limit} would delete shards of {source.option}={source.folder}, the only copy: name it "
-                f"{LOCAL_SCHEME}{source.folder.resolve()}, which is then read through {cache_option}, or leave out {option}"
+                f"{LOCAL_SCHEME}{source.folder.resolve()}, which is then read through {cache_option}, or leave out "
+                f"{option}"
             )
     shards = [shard for source in sources for shard in source.shards("train")]
     largest = max(shard["raw_data"]["bytes"] + (shard["zip_data"] or {"bytes": 0})["bytes"] for shard in shards)
@@ -35,6 +36,6 @@ def check_cache_limit(
     least = at_a_time * largest + indexes
     if limit < least:
         raise UserError(
-            f"{option}={limit} is too little for the {at_a_time} shards of up to {largest} bytes that this node reads at "
-            f"a time: give {least} or, better, enough for as many shards as the disk holds"
+            f"{option}={limit} is too little for the {at_a_time} shards of up to {largest} bytes that this node reads "
+            f"at a time: give {least} or, better, enough for as many shards as the disk holds"
         )

@@ -12,7 +12,8 @@ from infini_ds.data.sources import DataSource
 def fingerprint(sources: Sequence[DataSource], global_rows: int, seed: int) -> dict[str, Any]:
     """Return all that determines which rows are trained on in which order, in a form that JSON can store.
 
-    It depends neither on where the data lies nor on the number of ranks. Checkpoints and runs store it under these keys.
+    It depends neither on where the data lies nor on the number of ranks. Checkpoints and runs store it with these
+    keys.
 
     Args:
         global_rows: rows of a step, over all ranks.

@@ -16,7 +16,7 @@ from infini_ds.streaming_compat.dataset import ShardDataset
 from infini_ds.streaming_compat.library import World
 from infini_ds.streaming_compat.loader import BatchLoader
 from infini_ds.streaming_compat.stream import ShardError, ShardStream
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 
 
 def _open(
@@ -148,8 +148,8 @@ class TrainingStream:
         """
         if state.get("fingerprint", self.fingerprint) != self.fingerprint:  # states of earlier versions have none
             raise UserError(
-                "the checkpoint was saved with other training data, another seed of it or other rows a step: resume with "
-                "those that the run began with, or start a new run"
+                "the checkpoint was saved with other training data, another seed of it or other rows a step: resume "
+                "with those that the run began with, or start a new run"
             )
         self.loader.load_state_dict({name: value for name, value in state.items() if name != "fingerprint"})
 
@@ -157,13 +157,13 @@ class TrainingStream:
 def _as_user_error(error: Exception) -> Exception:
     """Return the sentence for what ended the reading, or the error as it is.
 
-    torch raises an error of a worker process with that process's stack in its message, the sentence being the last line.
+    The message of an error from a worker process holds that process's stack; its last line is the sentence.
     """
     if isinstance(error, ShardError):
         return ShardError(str(error).strip().splitlines()[-1].rpartition(f"{ShardError.__name__}: ")[2])
     if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
         return UserError(
-            f"a data worker process died ({str(error).splitlines()[0]}), most often because memory or /dev/shm was full: "
+            f"a data worker process died ({first_line(error)}), most often because memory or /dev/shm was full: "
             "use fewer data workers, or give the job more memory"
         )
     return error
@@ -191,7 +191,7 @@ class ValidationRows:
         return self._dataset[row]
 
     def documents(self, start_id: int) -> list[tuple[int, int]]:
-        """Return (first, last) document of each row, numbered over all sources; rows with equal numbers share documents.
+        """Return (first, last) document of each row, numbered over all sources. Rows with equal numbers share one.
 
         Reads all rows.
 

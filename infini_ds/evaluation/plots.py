@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+from matplotlib.axes import Axes as Axes  # for the tasks' plots
 from matplotlib.figure import Figure
 
 from infini_ds.evaluation.tables import MEMORY_LABELS

@@ -57,19 +57,17 @@ class InfiniAttention(nn.Module):
             k, v = _insert_cached(k, cached.k, grid), _insert_cached(v, cached.v, grid)
 
         local_q, local_k = self._with_positions(q, k, grid)
-        local = local_attention(
-            *(x.flatten(0, 1) for x in (local_q, local_k, v)),
-            mask,
-            self.config.attention_dropout if self.training else 0.0,
-        ).unflatten(0, (B, grid.N))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        local = local_attention(local_q.flatten(0, 1), local_k.flatten(0, 1), v.flatten(0, 1), mask, dropout)
+        local = local.unflatten(0, (B, grid.N))
 
+        parameters = dict(self.memory_parameters.items())
         # Without autocast: the memory stays in fp32 whatever the precision of the layer.
         with torch.autocast(hidden.device.type, enabled=False):
-            before, state = self.rule.write(state, k, v, grid.write_mask, grid.memory_document, self.memory_parameters)
+            before, state = self.rule.write(state, k, v, grid.write_mask, grid.memory_document, parameters)
             if grid.memory_of is not None:
                 before = tree_map(lambda x: x[grid.memory_of], before)
-            retrieved = self.rule.read(q, before, self.memory_parameters)
-            out = blend(local, retrieved, self.beta, grid.read_mask)
+            out = blend(local, self.rule.read(q, before, parameters), self.beta, grid.read_mask)
         out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
         return self.dropout(out), state, (k, v)
 
@@ -94,8 +92,10 @@ def _insert_cached(new: Tensor, cached: Tensor, grid: SegmentGrid) -> Tensor:
     """
     cached = cached.to(new.dtype)  # under autocast, `new` has a lower precision than the model, as without a cache
     if grid.incremental:
+        assert grid.slots is not None
         cached = torch.cat([cached, torch.zeros_like(cached[:, :, :1])], dim=2)  # one more slot, for padding
         index = grid.slots[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3])
         return cached.scatter(2, index, new[:, 0])[:, None, :, :-1]
+    assert grid.cached_slots is not None
     first = torch.where(grid.cached_slots[:, None, :, None], cached, new[:, 0])
     return torch.cat([first[:, None], new[:, 1:]], dim=1)

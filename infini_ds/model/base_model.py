@@ -8,9 +8,11 @@ Shapes: B batch, T tokens, E width, H heads, N segments, S slots in a segment, D
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -27,8 +29,7 @@ from .outputs import InfiniModelOutput
 from .recompute import checkpoint_blocks
 from .segments import SegmentGrid, build_grid, build_grid_after_cache
 
-# (hidden (B, slots of the block, E) after the last norm, their slice of the row's N * S slots) -> tensors of the block.
-BlockOutput = Callable[[Tensor, slice], tuple[Tensor | None, ...]]
+OutputT = TypeVar("OutputT", bound=tuple[Tensor | None, ...])  # what is computed of a block's hidden states
 
 
 def reject_unknown_arguments(arguments: dict) -> None:
@@ -39,22 +40,24 @@ def reject_unknown_arguments(arguments: dict) -> None:
 
 
 class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
+    config: InfiniGPTNeoConfig
     config_class = InfiniGPTNeoConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flex_attn = True  # for packed documents; without documents the result is that of "sdpa"
     _no_split_modules = ["InfiniLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"attn\.attention\.(masked_)?bias$"]  # masks in old GPT-Neo files
+    # Masks in old GPT-Neo files.
+    _keys_to_ignore_on_load_unexpected = [r"attn\.attention\.(masked_)?bias$"]  # type: ignore[assignment]
 
     @property
     def block_schedule(self) -> BlockSchedule:
         """How the model runs over the segments of a row."""
-        return self.base_model._block_schedule
+        return cast(BlockSchedule, self.base_model._block_schedule)
 
     @block_schedule.setter
     def block_schedule(self, schedule: BlockSchedule) -> None:
-        self.base_model._block_schedule = schedule
+        self.base_model._block_schedule = schedule  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
         # torch.nn.init, not direct writes: while a checkpoint loads, transformers protects loaded weights in it.
@@ -106,8 +109,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
 
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.wte = embeddings
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -122,10 +125,14 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     ) -> InfiniModelOutput:
         """Return the hidden states of all tokens; for the arguments see `InfiniGPTNeoForCausalLM.forward`."""
         reject_unknown_arguments(unknown)
+
+        def hidden_alone(hidden: Tensor, slots: slice) -> tuple[Tensor]:
+            return (hidden,)
+
         context = self.prepare(
             input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of
         )
-        outputs, memory = self.run_blocks(input_ids, context, lambda hidden, slots: (hidden,), self)
+        outputs, memory = self.run_blocks(input_ids, context, hidden_alone, self)
         hidden = context.grid.from_slots(torch.cat([hidden for (hidden,) in outputs], dim=1), input_ids.shape[1])
         return InfiniModelOutput(last_hidden_state=hidden, past_key_values=context.cache, memory=memory)
 
@@ -165,15 +172,20 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         return ForwardContext(grid, states, cache, open_segment)
 
     def run_blocks(
-        self, input_ids: Tensor, context: ForwardContext, output: BlockOutput, module: nn.Module
-    ) -> tuple[list[tuple[Tensor | None, ...]], tuple[State, ...]]:
-        """Run `output` on each block of segments, one block after the other, as the block schedule has it.
+        self,
+        input_ids: Tensor,
+        context: ForwardContext,
+        output: Callable[[Tensor, slice], OutputT],
+        module: nn.Module,
+    ) -> tuple[list[OutputT], tuple[State, ...]]:
+        """Run all layers and then `output` on each block of segments, one block after the other.
 
         With gradient checkpointing, nothing of a block, `output` included, is kept for the backward pass but the memory
         before it (on the CPU with `offload_states`). Gradients flow through the memory from block to block, exact
         whatever the block size, unless `truncate_blocks` cuts them.
 
         Args:
+            output: gets hidden (B, slots of the block, E) after the last norm, and their slice of the N * S slots.
             module: the module that holds all parameters in use.
         Returns:
             What `output` returned for each block, and each layer's memory after the last block.
@@ -181,22 +193,25 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         grid, cache, schedule = context.grid, context.cache, self.block_schedule
         ids = input_ids if grid.incremental else grid.to_slots(input_ids, 0)
         blocks = list(grid.split(schedule.block_segments(self.config.segment_length, self.training)))
-        leaves, structure = tree_flatten(context.states)
+        first_leaves, structure = tree_flatten(context.states)
+        leaves: tuple[Tensor, ...] = tuple(first_leaves)
 
-        def run_block(index: int, leaves: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        def run_block(index: int, leaves: tuple[Tensor, ...]) -> tuple[OutputT, tuple[Tensor, ...]]:
             first, block = blocks[index]
             if schedule.truncate_blocks and index and index % schedule.truncate_blocks == 0:
                 leaves = tuple(x.detach() for x in leaves)
             # An incremental call computes its input tokens, which with padding may be more than a segment.
             slots = slice(first * grid.S, ids.shape[1] if grid.incremental else (first + block.N) * grid.S)
-            cached = [None] * len(self.h) if block.cached_slots is None else cache.layer_caches
+            cached: list[LayerCache | None] = [None] * len(self.h)
+            if cache is not None and block.cached_slots is not None:
+                cached = list(cache.layer_caches)
             states = tree_unflatten(list(leaves), structure)
             hidden, states, keys_values = self.forward_block(ids[:, slots], states, block, cached)
             if cache is not None:
+                assert context.open_segment is not None
                 cache.store_open_segments(keys_values, context.open_segment - first)
             return output(hidden, slots), tuple(tree_leaves(states))
 
-        leaves = tuple(leaves)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("use_cache=True is not possible while training with gradient checkpointing")
@@ -209,6 +224,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
                 outputs.append(block_output)
         states = tree_unflatten(list(leaves), structure)
         if cache is not None:
+            assert context.open_segment is not None
             cache.advance(states, grid, context.open_segment, columns=input_ids.shape[1])
         return outputs, states
 
@@ -229,18 +245,23 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             positions = grid.positions(ids.device)
             hidden = hidden + self.wpe(positions if grid.incremental else positions.repeat(grid.N))
         hidden = self.drop(hidden)
+        layers = cast(list[InfiniLayer], list(self.h))
         flex = grid.packed and not grid.incremental and self.config._attn_implementation == "flex_attention"
-        masks = {
-            window: document_mask(grid.documents.flatten(0, 1), window) if flex else grid.local_mask(window, ids.device)
-            for window in {layer.attention.window for layer in self.h}
-        }
+        masks: dict[int | None, Tensor | BlockMask | None] = {}
+        for window in {layer.attention.window for layer in layers}:
+            if flex:
+                assert grid.documents is not None
+                masks[window] = document_mask(grid.documents.flatten(0, 1), window)
+            else:
+                masks[window] = grid.local_mask(window, ids.device)
         recompute = self.block_schedule.checkpoint_layers and self.training and torch.is_grad_enabled()
         after, keys_values = [], []
-        for layer, state, layer_cache in zip(self.h, states, cached, strict=True):
+        for layer, state, layer_cache in zip(layers, states, cached, strict=True):
             mask = masks[layer.attention.window]
+            run_layer: Callable = layer
             if recompute:
-                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=self.config.has_dropout)
-            hidden, state, layer_keys_values = layer(hidden, grid, mask, state, layer_cache)
+                run_layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=self.config.has_dropout)
+            hidden, state, layer_keys_values = run_layer(hidden, grid, mask, state, layer_cache)
             after.append(state)
             keys_values.append(layer_keys_values)
         return self.ln_f(hidden), tuple(after), keys_values

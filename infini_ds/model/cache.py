@@ -72,6 +72,7 @@ class InfiniCache(Cache):
         """Move on to the end of `grid`, whose segment `open_segment` (B,) is the one that is not full in each row."""
         for layer, memory in zip(self.layer_caches, states, strict=True):
             layer.memory = memory
+        assert grid.documents is not None and grid.memory_document is not None  # a grid after a cache has both
         empty_segment = torch.full_like(grid.documents[:, :1], NO_DOCUMENT)
         rows = torch.arange(len(open_segment), device=open_segment.device)
         self.open_documents = torch.cat([grid.documents, empty_segment], dim=1)[rows, open_segment]
@@ -107,8 +108,8 @@ class InfiniCache(Cache):
             layer.memory = tree_map(lambda x: x[index], layer.memory)
             layer.k, layer.v = layer.k[index], layer.v[index]
 
-    reorder_cache = select_rows  # transformers' name for it in beam search
-    batch_select_indices = select_rows
+    reorder_cache = select_rows  # type: ignore[assignment]  # transformers' name for it in beam search
+    batch_select_indices = select_rows  # type: ignore[assignment]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.select_rows(torch.arange(len(self.memory_document)).repeat_interleave(repeats))

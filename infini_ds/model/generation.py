@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from .cache import InfiniCache
@@ -20,7 +20,9 @@ class InfiniGenerationMixin(GenerationMixin):
                 criterion.max_position_embeddings = None  # used for a warning alone; it does not limit this model
         return criteria
 
-    def _prepare_generated_length(self, generation_config, has_default_max_length: bool, **kwargs):
+    def _prepare_generated_length(  # type: ignore[override]
+        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs
+    ) -> GenerationConfig:
         # transformers' default of 20 new tokens, which it would cut off at max_position_embeddings.
         if has_default_max_length and generation_config.max_new_tokens is None and generation_config.max_length == 20:
             generation_config.max_new_tokens = 20
@@ -28,7 +30,7 @@ class InfiniGenerationMixin(GenerationMixin):
             generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: InfiniCache | None = None,

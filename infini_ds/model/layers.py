@@ -1,5 +1,7 @@
 """A transformer layer of GPT-Neo with Infini-attention. Parameter names are GPT-Neo's."""
 
+from typing import cast
+
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -33,7 +35,7 @@ class InfiniLayer(nn.Module):
 
     @property
     def attention(self) -> InfiniAttention:
-        return self.attn["attention"]
+        return cast(InfiniAttention, self.attn["attention"])
 
     def forward(self, hidden: Tensor, *args) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
         """Return what `InfiniAttention.forward` returns, for the layer; `args` are its further arguments."""

@@ -22,7 +22,9 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
     """
     if isinstance(mask, BlockMask):
         # Without compilation flex attention computes all scores: on the CPU it is correct, but not fast.
-        attention = _compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+        attention: Callable[..., Tensor] = flex_attention
+        if q.device.type == "cuda":
+            attention = _compiled_flex_attention()
         return attention(q, k, v, block_mask=mask, scale=1.0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=1.0)
 

@@ -25,16 +25,16 @@ from .local_attention import local_attention  # noqa: F401
 from .recompute import checkpoint_blocks  # noqa: F401
 from .segments import SegmentGrid  # noqa: F401
 
+TRANSFORMERS = int(transformers.__version__.split(".")[0])
 
-class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin):
+
+class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin):  # type: ignore[misc]
     """Infini-GPT-Neo with its output layer, tied to the input embedding as in GPT-Neo."""
 
     _is_stateful = True  # transformers then rejects assisted generation and prompt lookup, which take tokens back
-    # transformers 4 takes a list here and transformers 5 a dict.
+    # transformers 4 takes a list, transformers 5 a dict.
     _tied_weights_keys = (
-        {"lm_head.weight": "transformer.wte.weight"}
-        if int(transformers.__version__.split(".")[0]) >= 5
-        else ["lm_head.weight"]
+        {"lm_head.weight": "transformer.wte.weight"} if TRANSFORMERS >= 5 else ["lm_head.weight"]  # type: ignore[assignment]
     )
 
     def __init__(self, config: InfiniGPTNeoConfig):

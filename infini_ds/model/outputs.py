@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from .cache import InfiniCache
@@ -13,7 +13,7 @@ from .memory_rule import State
 class InfiniModelOutput(ModelOutput):
     """`memory`: each layer's state after the last segment, in the form of its memory rule."""
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
     past_key_values: InfiniCache | None = None
     memory: tuple[State, ...] | None = None
 
@@ -22,8 +22,8 @@ class InfiniModelOutput(ModelOutput):
 class InfiniCausalLMOutput(ModelOutput):
     """`loss`: reduced by `loss_reduction`; `logits`: None if they were not requested; `memory`: as above."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     past_key_values: InfiniCache | None = None
     memory: tuple[State, ...] | None = None
 
@@ -32,6 +32,6 @@ class InfiniCausalLMOutput(ModelOutput):
 class InfiniSequenceClassifierOutput(ModelOutput):
     """`memory`: as above."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     memory: tuple[State, ...] | None = None

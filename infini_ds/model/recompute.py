@@ -8,6 +8,7 @@ the states before all blocks, and it is allocated first.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,17 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 Tensors = tuple[Tensor | None, ...]
 States = tuple[Tensor, ...]
-Block = Callable[[int, States], tuple[Tensors, States]]
+OutputT = TypeVar("OutputT", bound=Tensors)
 
 
 def checkpoint_blocks(
-    block: Block, blocks: int, states: States, module: nn.Module, uses_rng: bool = False, offload: bool = False
-) -> tuple[list[Tensors], States]:
+    block: Callable[[int, States], tuple[OutputT, States]],
+    blocks: int,
+    states: States,
+    module: nn.Module,
+    uses_rng: bool = False,
+    offload: bool = False,
+) -> tuple[list[OutputT], States]:
     """Run `outputs, states = block(index, states)` for each block in turn, and recompute it in the backward pass.
 
     Gradients flow to the parameters, and through the states from block to block.
@@ -40,13 +46,13 @@ def checkpoint_blocks(
     )
     outputs, states = flat[: -len(states)], flat[-len(states) :]
     per_block = len(outputs) // blocks
-    return [outputs[i : i + per_block] for i in range(0, len(outputs), per_block)], states
+    return [cast(OutputT, outputs[i : i + per_block]) for i in range(0, len(outputs), per_block)], states
 
 
 class _BlockModule(nn.Module):
     """A block as a module, so that `functional_call` can replace its parameters."""
 
-    def __init__(self, block: Block, module: nn.Module):
+    def __init__(self, block: Callable[[int, States], tuple[Tensors, States]], module: nn.Module):
         super().__init__()
         self.block, self.module = block, module
 
@@ -95,7 +101,7 @@ class _CheckpointedBlocks(torch.autograd.Function):
         saved_states, *weights = ctx.saved_tensors
         # Gradients accumulate in copies, so that a hook on a weight runs once, with the sum over all blocks.
         copies = [nn.Parameter(weight.detach()) for weight in weights]
-        by_name = {f"module.{name}": copy for name, copy in zip(ctx.names, copies, strict=True)}
+        by_name: dict[str, Tensor] = {f"module.{name}": copy for name, copy in zip(ctx.names, copies, strict=True)}
         state_count, blocks = len(ctx.shapes), len(saved_states)
         output_grads, state_grads = gradients[:-state_count], gradients[-state_count:]
         per_block = len(output_grads) // blocks
@@ -113,9 +119,9 @@ class _CheckpointedBlocks(torch.autograd.Function):
             roots = [(x, gradient) for x, gradient in pairs if gradient is not None and x.requires_grad]
             del outputs, after, pairs
             if roots:
-                torch.autograd.backward(*zip(*roots, strict=True))
+                torch.autograd.backward([x for x, _ in roots], [gradient for _, gradient in roots])
             del roots
-            state_grads = [x.grad for x in states]
+            state_grads = tuple(x.grad for x in states)
         return *(None,) * (6 + state_count), *(copy.grad for copy in copies)
 
 

@@ -20,10 +20,11 @@ class SegmentGrid:
 
     Attributes:
         N, S: segments a row, slots a segment.
+        read_mask: bool, broadcastable to (B, N, S), or (B, N, T) if incremental: tokens whose own document is in the
+            memory before their segment.
         slots: (B, T) the slot of each input token; N * S for padding. None: token t has slot t.
         documents: (B, N, S) the document of each slot, NO_DOCUMENT without a token. None: one document, no padding.
         memory_document: (B, N + 1) the document in the memory before each segment and after the last. None as above.
-        read_mask: bool, broadcastable to (B, N, S): tokens whose own document is in the memory before their segment.
         write_mask: bool, broadcastable to (B, N, S): tokens that are written when their segment ends. None: all.
         cached_slots: bool (B, S), slots of the first segment whose tokens come from a cache. None: no cache, or not
             the first block.
@@ -35,10 +36,10 @@ class SegmentGrid:
 
     N: int
     S: int
+    read_mask: Tensor
     slots: Tensor | None = None
     documents: Tensor | None = None
     memory_document: Tensor | None = None
-    read_mask: Tensor | None = None
     write_mask: Tensor | None = None
     cached_slots: Tensor | None = None
     packed: bool = False
@@ -47,10 +48,7 @@ class SegmentGrid:
 
     def to_slots(self, values: Tensor, fill: int) -> Tensor:
         """Return (B, T) values of the input tokens in their slots, (B, N * S), and `fill` elsewhere."""
-        if self.slots is None:
-            return F.pad(values, (0, self.N * self.S - values.shape[1]), value=fill)
-        grid = values.new_full((values.shape[0], self.N * self.S + 1), fill)
-        return grid.scatter_(1, self.slots, values)[:, :-1]
+        return _to_slots(values, self.slots, self.N * self.S, fill)
 
     def from_slots(self, grid: Tensor, T: int) -> Tensor:
         """Return (B, N * S, …) values in the order of the T input tokens, (B, T, …); padding gets 0."""
@@ -67,6 +65,7 @@ class SegmentGrid:
         """
         following = F.pad(self.to_slots(labels, ignore_index)[:, 1:], (0, 1), value=ignore_index)
         if self.incremental:
+            assert self.slots is not None
             return F.pad(following, (0, 1), value=ignore_index).gather(1, self.slots)
         if self.cached_slots is not None:  # tokens of the cache are not computed again
             following[:, : self.S].masked_fill_(self.cached_slots, ignore_index)
@@ -81,7 +80,10 @@ class SegmentGrid:
 
     def positions(self, device: torch.device) -> Tensor:
         """Return the positions of the computed tokens in their segment: (S,) or, if incremental, (B, T)."""
-        return self.slots.clamp_max(self.S - 1) if self.incremental else torch.arange(self.S, device=device)
+        if self.incremental:
+            assert self.slots is not None
+            return self.slots.clamp_max(self.S - 1)
+        return torch.arange(self.S, device=device)
 
     def local_mask(self, window: int | None, device: torch.device) -> Tensor | None:
         """Return which slots of its segment each token attends to; None for plain causal attention.
@@ -101,31 +103,37 @@ class SegmentGrid:
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         if not by_document:
             return mask[None, None]
-        keys = self.documents
-        queries = self._at_input_tokens(keys) if self.incremental else keys
+        assert self.documents is not None
+        keys = queries = self.documents
+        if self.incremental:
+            assert self.slots is not None
+            queries = _at_input_tokens(keys, self.slots)
         # Slots without a token attend to each other: a row of the softmax without any key would be NaN.
         mask = (queries[..., :, None] == keys[..., None, :]) & mask.view(-1, 1, *mask.shape[-2:])
         if self.incremental:
+            assert self.slots is not None
             mask = mask | (self.slots == self.S)[:, None, :, None]
         return mask.flatten(0, 1)[:, None]
 
-    def _at_input_tokens(self, per_slot: Tensor) -> Tensor:
-        """Return (B, 1, S) values of slots at the input tokens, (B, 1, T); N is 1."""
-        return per_slot.gather(2, self.slots.clamp_max(self.S - 1)[:, None])
-
     def split(self, segments_per_block: int | None) -> Iterator[tuple[int, "SegmentGrid"]]:
         """Yield (index of its first segment, grid) for each block of segments; None: one block."""
+        if self.incremental:
+            yield 0, self
+            return
         G = segments_per_block or self.N
         for first in range(0, self.N, G):
             last = min(first + G, self.N)
-            part = {
-                "documents": None if self.documents is None else self.documents[:, first:last],
-                "memory_document": None if self.memory_document is None else self.memory_document[:, first : last + 1],
-                "read_mask": self.read_mask[:, first:last],
-                "write_mask": None if self.write_mask is None else self.write_mask[:, first:last],
-                "cached_slots": self.cached_slots if first == 0 else None,
-            }
-            yield first, self if self.incremental else replace(self, N=last - first, slots=None, **part)
+            block = replace(
+                self,
+                N=last - first,
+                slots=None,
+                documents=None if self.documents is None else self.documents[:, first:last],
+                memory_document=None if self.memory_document is None else self.memory_document[:, first : last + 1],
+                read_mask=self.read_mask[:, first:last],
+                write_mask=None if self.write_mask is None else self.write_mask[:, first:last],
+                cached_slots=self.cached_slots if first == 0 else None,
+            )
+            yield first, block
 
 
 def build_grid(
@@ -154,9 +162,9 @@ def build_grid(
     if document_ids is None:
         document_ids = torch.zeros_like(input_ids)
     slots = None if attention_mask is None else token_slots(attention_mask.bool(), N * S)
-    grid = SegmentGrid(N, S, slots, packed=packed)
-    documents = grid.to_slots(document_ids, NO_DOCUMENT).view(B, N, S)
-    return with_documents(grid, documents, documents.new_full((B,), NO_DOCUMENT))
+    documents = _to_slots(document_ids, slots, N * S, NO_DOCUMENT).view(B, N, S)
+    memory_document, read_mask, write_mask = document_masks(documents, documents.new_full((B,), NO_DOCUMENT))
+    return SegmentGrid(N, S, read_mask, slots, documents, memory_document, write_mask, packed=packed)
 
 
 def build_grid_after_cache(
@@ -190,12 +198,18 @@ def build_grid_after_cache(
         last_document = torch.maximum(memory_document, open_documents.amax(1)).clamp_min(0)
         document_ids = last_document[:, None].expand(valid.shape)
     slots = token_slots(valid, N * S, length[:, None])
-    grid = SegmentGrid(N, S, slots, cached_slots=cached_slots, packed=packed, incremental=N == 1)
-    documents = grid.to_slots(document_ids, NO_DOCUMENT).view(B, N, S)
+    documents = _to_slots(document_ids, slots, N * S, NO_DOCUMENT).view(B, N, S)
     documents[:, 0] = torch.where(cached_slots, open_documents, documents[:, 0])
     open_segment = total // S
     closed = torch.arange(N, device=valid.device) < open_segment[:, None]
-    return with_documents(grid, documents, memory_document, closed), open_segment
+    memory_document, read_mask, write_mask = document_masks(documents, memory_document, closed)
+    incremental = N == 1
+    if incremental:
+        read_mask = _at_input_tokens(read_mask, slots)
+    grid = SegmentGrid(
+        N, S, read_mask, slots, documents, memory_document, write_mask, cached_slots, packed, incremental
+    )
+    return grid, open_segment
 
 
 def token_slots(valid: Tensor, size: int, first: Tensor | int = 0) -> Tensor:
@@ -203,10 +217,10 @@ def token_slots(valid: Tensor, size: int, first: Tensor | int = 0) -> Tensor:
     return (first + valid.cumsum(1) - 1).masked_fill(~valid, size)
 
 
-def with_documents(
-    grid: SegmentGrid, documents: Tensor, memory_document: Tensor, closed: Tensor | None = None
-) -> SegmentGrid:
-    """Return the grid with the masks of reading and writing, which follow from the documents.
+def document_masks(
+    documents: Tensor, memory_document: Tensor, closed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a grid's memory_document (B, N + 1), read_mask and write_mask (B, N, S), which follow from the documents.
 
     Args:
         documents: (B, N, S); memory_document: (B,) the document in the memory before the first segment.
@@ -215,11 +229,22 @@ def with_documents(
     latest = documents.amax(-1)  # ids never decrease, so the largest is that of the last token
     if closed is not None:
         latest = latest.masked_fill(~closed, NO_DOCUMENT)
-    memory_document = torch.cat([memory_document[:, None], latest], dim=1).cummax(1).values  # (B, N + 1)
+    memory_document = torch.cat([memory_document[:, None], latest], dim=1).cummax(1).values
     has_token = documents != NO_DOCUMENT
     read_mask = has_token & (documents == memory_document[:, :-1, None])
     write_mask = has_token & (documents == memory_document[:, 1:, None])
     if closed is not None:
         write_mask = write_mask & closed[:, :, None]
-    grid = replace(grid, documents=documents, memory_document=memory_document, write_mask=write_mask)
-    return replace(grid, read_mask=grid._at_input_tokens(read_mask) if grid.incremental else read_mask)
+    return memory_document, read_mask, write_mask
+
+
+def _to_slots(values: Tensor, slots: Tensor | None, size: int, fill: int) -> Tensor:
+    if slots is None:
+        return F.pad(values, (0, size - values.shape[1]), value=fill)
+    grid = values.new_full((values.shape[0], size + 1), fill)  # the last slot takes the padding
+    return grid.scatter_(1, slots, values)[:, :-1]
+
+
+def _at_input_tokens(per_slot: Tensor, slots: Tensor) -> Tensor:
+    """Return (B, 1, S) values of one segment's slots at the input tokens, (B, 1, T)."""
+    return per_slot.gather(2, slots.clamp_max(per_slot.shape[2] - 1)[:, None])

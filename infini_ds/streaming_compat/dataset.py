@@ -1,6 +1,7 @@
 """The dataset with all repairs: rows of shard streams, from which errors arrive where the rows are asked for."""
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -66,6 +67,7 @@ class ShardDataset(StreamingDataset):
         Raises:
             ShardError: a shard cannot be read.
         """
+        self._end_threads_at_exit()
         epoch: EpochIterator | None = None
         try:
             for row in super().__iter__():
@@ -79,6 +81,16 @@ class ShardDataset(StreamingDataset):
                 epoch.non_blocking_exit()
         if self.failure is not None:
             raise self.failure
+
+    def _end_threads_at_exit(self) -> None:
+        """Let this process exit while a thread waits for a shard.
+
+        streaming's thread waits without looking whether the epoch has ended. So a data worker does not exit if another
+        one failed to prepare the shard, and the rank waits for it. No upstream issue is known.
+        """
+        if not hasattr(self, "_event"):  # which streaming creates in the first epoch
+            self._event = threading.Event()
+            threading._register_atexit(self._event.set)  # type: ignore[attr-defined]  # streaming uses it too
 
     def _prepare_thread(self, it: EpochIterator) -> None:
         with _counted(it):

@@ -33,4 +33,5 @@ def _close(creator: int, created: list[Segment], opened: list[Segment]) -> None:
 
 def install() -> None:
     """Make streaming's datasets of this process use such segments."""
-    array_module.SharedMemory = dataset_module.SharedMemory = OwnedSharedMemory
+    array_module.SharedMemory = OwnedSharedMemory  # type: ignore[misc]
+    dataset_module.SharedMemory = OwnedSharedMemory  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The prefix under which a dataset keeps its shared memory and its file locks, such as 000003 in /dev/shm/000003_locals.
+"""The prefix in the names of a dataset's shared memory and file locks, such as 000003 in /dev/shm/000003_locals.
 
 In streaming every rank looks for a free prefix by itself and registers it later. So two runs that start at the same
 time take the same prefix, and one of them fails (https://github.com/mosaicml/streaming/issues/884); and a run that
@@ -32,7 +32,7 @@ SHM = Path("/dev/shm")
 
 
 def take_prefix(
-    folders: list[str], remotes: list[str | None], world: World, retry: int = 0
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 0
 ) -> tuple[int, SharedMemory]:
     """Return a free prefix for a dataset, the same on all ranks of a node, and the segment that names its folders.
 
@@ -41,7 +41,7 @@ def take_prefix(
     """
     prefix = segment = None
     if world.is_local_leader:
-        prefix, segment = _take_free_prefix(folders)
+        prefix, segment = _take_free_prefix(streams_local)
     if dist.is_available() and dist.is_initialized():
         prefixes: list[int | None] = [None] * dist.get_world_size()
         dist.all_gather_object(prefixes, prefix)

@@ -1,9 +1,9 @@
 """Shared memory and file locks of datasets: which are in use, and the removal of those that killed runs left.
 
 streaming names the segments of a dataset by a prefix, `/dev/shm/000003_locals` and others, and its file locks alike. It
-removes them as the process exits, so a run that is killed leaves them. They occupy prefixes and memory, and plain
-streaming refuses to read remote data through the same local folder again:
-https://github.com/mosaicml/streaming/issues/573, https://github.com/mosaicml/streaming/issues/781. Its remedy, a call of
+removes them as the process exits, so a run that is killed leaves them. They occupy prefixes and memory, and can keep
+later runs of plain streaming from starting:
+https://github.com/mosaicml/streaming/issues/573, https://github.com/mosaicml/streaming/issues/781. Its remedy,
 `clean_stale_shared_memory`, also removes what running processes use, and stops at the first free prefix.
 """
 

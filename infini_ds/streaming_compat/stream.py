@@ -125,8 +125,9 @@ class ShardStream(Stream):
         if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.local).free / 2**20
             return ShardError(
-                f"the disk is too full to expand {name}, which takes {raw.bytes / 2**20:,.1f} MiB, and {free:,.1f} MiB are "
-                f"free: free some space, or read the data through a cache on another disk, as file://{Path(self.local).resolve()}"
+                f"the disk is too full to expand {name}, which takes {raw.bytes / 2**20:,.1f} MiB, and {free:,.1f} MiB "
+                "are free: free some space, or read the data through a cache on another disk, as "
+                f"file://{Path(self.local).resolve()}"
             )
         if self.remote_folder is None and isinstance(reason, FileNotFoundError):
             return ShardError(
@@ -157,6 +158,8 @@ class ShardStream(Stream):
         https://github.com/mosaicml/streaming/issues/868
         """
         file = os.path.join(self.local, self.split, to_basename or from_basename)
+        if self.remote_folder is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
         private = private_name(file)
         attempt = retry(clean_up_fn=self._downloader.clean_up, num_attempts=self.download_retry)
         attempt(lambda: self._downloader.download(f"{self.remote_folder}/{self.split}/{from_basename}", private))()

@@ -38,14 +38,11 @@ class Engine:
     """
 
     def __init__(self, model: InfiniGPTNeoForCausalLM, recipe: Recipe, config: dict[str, Any]):
-        """Args: config: DeepSpeed's JSON with all values filled in (config/deepspeed_config.py)."""
+        """`config` is DeepSpeed's JSON with each "auto" filled in, as `deepspeed_config` returns it."""
         choice = recipe.optimizer
         groups = parameter_groups(model, choice)
-        settings: dict[str, Any] = {
-            "lr": choice.learning_rate,
-            "betas": (choice.beta1, choice.beta2),
-            "eps": choice.eps,
-        }
+        betas = (choice.beta1, choice.beta2)
+        settings: dict[str, Any] = {"lr": choice.learning_rate, "betas": betas, "eps": choice.eps}
         offload = config["zero_optimization"].get("offload_optimizer") or {}
         if offload.get("device", "none") != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam

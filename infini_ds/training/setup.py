@@ -38,8 +38,8 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     Call it on all ranks, inside `connect`, with the run's lock taken.
 
     Raises:
-        UserError: the run was begun with another recipe or other data, its checkpoints are damaged, or the memory of
-            a rank is too small.
+        UserError: the run was begun with another recipe or other data, its checkpoints are damaged, or a rank has too
+            little memory.
     """
     recipe, dims, schedule = run.recipe, run.dims, run.block_schedule
     newest = newest_checkpoint(run)
@@ -76,16 +76,8 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     hooks: list[Hook] = [stability, MetricsLogger(), Checkpointing()]
     if recipe.stability.check_gradients:
         hooks.append(GradientCheck())
-    trainer = Trainer(
-        run=run,
-        engine=engine,
-        stream=SkipRows(stream, stability.rows_to_skip),
-        validation=validation,
-        state=state,
-        shutdown=shutdown or GracefulShutdown(),
-        latest_checkpoint=newest,
-        hooks=hooks,
-    )
+    batches = SkipRows(stream, stability.rows_to_skip)
+    trainer = Trainer(run, engine, batches, validation, state, shutdown or GracefulShutdown(), newest, hooks)
     log_summary(trainer)
     return trainer
 

@@ -1,5 +1,6 @@
-"""Count the collective operations that each step of a run calls: `python tests/support/count_collectives.py OUT key=value
-...` as one of the ranks of launch/pretrain.py. Writes OUT/collectives-RANK.json.
+"""Count the collective operations of each step of a run, as one of the ranks of launch/pretrain.py.
+
+python tests/support/count_collectives.py OUT key=value ...      writes OUT/collectives-RANK.json
 """
 
 import functools
@@ -21,7 +22,7 @@ COLLECTIVES = [
 
 
 class Counter(Hook):
-    """Notes the names of the collectives that are called between the starts of two steps, or of the last and the end."""
+    """Records the names of the collectives that are called from the start of one step to the start of the next."""
 
     def __init__(self) -> None:
         self.ours: list[list[str]] = []

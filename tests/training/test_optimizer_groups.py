@@ -12,14 +12,11 @@ def test_every_parameter_is_in_one_group():
     groups = {group["name"]: group for group in parameter_groups(model, choice)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     members = {kind: sorted(names[id(p)] for p in group["params"]) for kind, group in groups.items()}
-    assert sorted(sum(members.values(), [])) == sorted(names.values())
+    assert sorted(name for kind in members.values() for name in kind) == sorted(names.values())
     assert {name.rpartition(".")[2] for name in members["gates"]} == {"beta"}
     assert {name.rpartition(".")[2] for name in members["no_decay"]} <= {"bias", "weight"}
     assert all("ln_" in name or name.endswith("bias") for name in members["no_decay"])
-    assert (
-        "transformer.wte.weight" in members["decay"]
-        and "transformer.h.0.attn.attention.k_proj.weight" in members["decay"]
-    )
+    assert {"transformer.wte.weight", "transformer.h.0.attn.attention.k_proj.weight"} <= set(members["decay"])
     settings = {kind: (group["lr"], group["weight_decay"]) for kind, group in groups.items()}
     assert settings == {"decay": (1e-3, 0.1), "no_decay": (1e-3, 0.0), "gates": (1e-2, 0.0)}
 

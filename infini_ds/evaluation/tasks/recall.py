@@ -1,6 +1,6 @@
 """Recall that needs the memory: facts, segments of filler, a question. Accuracy by the number of segments in between.
 
-The examples are those of `data_prep.recall`, in the tokens of the evaluated model: `segments` segments of filler lie
+The examples are those of `data_prep.synthetic`, in the tokens of the evaluated model: `segments` segments of filler lie
 between the last fact and the first question. An answer is correct if greedy decoding gives all of its tokens.
 """
 
@@ -16,7 +16,9 @@ from statistics import fmean
 
 from rich.table import Table
 
-from data_prep.recall import Passkey, Span, Task, find_task
+from data_prep.synthetic.examples import IntRange
+from data_prep.synthetic.specs import parse_task
+from data_prep.synthetic.tasks import Passkey, RecallTask
 from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
@@ -46,7 +48,7 @@ class Point:
     """One length and depth of a recall task: a fraction `depth` of the `segments` of filler is before the facts."""
 
     name: str
-    task: Task
+    task: RecallTask
     segments: int
     depth: float
 
@@ -215,7 +217,7 @@ def evaluate_recall(
     """Evaluate each task at each length.
 
     Args:
-        names: recall tasks, as `data_prep.recall.find_task` reads them.
+        names: recall tasks, as `data_prep.synthetic.specs.parse_task` reads them.
         segments: lengths of the filler.
         examples: at each point.
     Raises:
@@ -240,16 +242,16 @@ def evaluate_recall(
 
 def points_of(name: str, segments: Sequence[int], segment_length: int) -> Iterator[Point]:
     """Yield the points of a recall task: one for each length, and for the passkey one for each length and depth."""
-    task = find_task(name)
+    task = parse_task(name)
     for number in segments:
         for depth in DEPTHS if isinstance(task, Passkey) and number else DEPTHS[:1]:
             before = round(depth * number * segment_length)
             after = number * segment_length - before
-            placed = replace(task, distance=Span(after, after))
-            yield Point(name, replace(placed, before=Span(before, before)) if before else placed, number, depth)
+            placed = replace(task, distance=IntRange(after, after))
+            yield Point(name, replace(placed, before=IntRange(before, before)) if before else placed, number, depth)
 
 
-def compute_scores(model: EvaluatedModel, task: Task, examples: int, seed: int, batch_tokens: int) -> Scores:
+def compute_scores(model: EvaluatedModel, task: RecallTask, examples: int, seed: int, batch_tokens: int) -> Scores:
     """Compute the accuracy over all answers of some examples, in each setting of the memory."""
     tokenizer = model.tokenizer
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]

@@ -10,10 +10,12 @@ from shards import read_rows, read_token_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from data_prep.encode import within_answers
+from data_prep.encode import answer_mask
 from data_prep.packing import Packer, encode_row
 from data_prep.prepare import PrepareOptions, load_manifest, prepare
-from data_prep.recall import FILLER, KEYS, VALUES, WORDS, Span, documents, find_task, find_tasks
+from data_prep.synthetic.examples import IntRange
+from data_prep.synthetic.specs import parse_task, parse_tasks, training_examples
+from data_prep.synthetic.words import FILLER, KEYS, VALUES, VOCABULARY
 from infini_ds.data.batches import collate
 from infini_ds.model.loss import IGNORE_INDEX
 from infini_ds.utils.errors import UserError
@@ -38,7 +40,7 @@ def byte_level():
     trainer = trainers.BpeTrainer(
         vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    text = [" " + " ".join(FILLER)] * 20 + [f" {word}" for word in WORDS]
+    text = [" " + " ".join(FILLER)] * 20 + [f" {word}" for word in VOCABULARY]
     tokenizer.train_from_iterator(text, trainer)
     return tokenizer
 
@@ -62,7 +64,7 @@ def solve(text: str) -> list[str]:
 
 @pytest.mark.parametrize("spec", [spec for spec in TASKS if "order" not in spec])
 def test_answers_follow_from_the_facts(spec):
-    task = find_task(spec)
+    task = parse_task(spec)
     for index in range(50):
         example = task.example(0, index, str.split)
         assert example.text.split() == example.tokens
@@ -72,7 +74,7 @@ def test_answers_follow_from_the_facts(spec):
 def test_a_question_stands_first_or_last():
     for order, asked in (("first", 1), ("last", 1), ("both", 2)):
         for index in range(30):
-            example = find_task(f"question,distance=9,order={order}").example(0, index, str.split)
+            example = parse_task(f"question,distance=9,order={order}").example(0, index, str.split)
             (answer,) = example.answers
             places = [at for at, word in enumerate(example.tokens) if word == "?"]
             key = example.tokens[places[0] + 1]
@@ -85,7 +87,7 @@ def test_a_question_stands_first_or_last():
 
 @pytest.mark.parametrize("spec", TASKS)
 def test_an_example_depends_on_its_seed_and_number_alone(spec):
-    task = find_task(spec)
+    task = parse_task(spec)
     random.seed(1)
     texts = [[task.example(seed, index, str.split).text for index in range(20)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1]
@@ -94,7 +96,7 @@ def test_an_example_depends_on_its_seed_and_number_alone(spec):
 
 def test_an_example_stays_what_it_was():
     """Data and scores of other versions are compared by seed."""
-    text = find_task("pairs,distance=6,queries=2").example(0, 0, str.split).text
+    text = parse_task("pairs,distance=6,queries=2").example(0, 0, str.split).text
     facts, questions = "Andrew clock Clara bear Eric boat David bed", "? Eric boat ? David bed"
     assert text == f" {facts} here we go . there and {questions}"
 
@@ -102,15 +104,15 @@ def test_an_example_stays_what_it_was():
 @pytest.mark.parametrize("spec", TASKS)
 @pytest.mark.parametrize("cut", ["words", "bytes"])
 def test_distances_are_exact(spec, cut, byte_level):
-    """Counted anew in the text: how much longer filler ahead, between and behind makes it."""
+    """Counted in the text: by how much filler before, between and after makes it longer."""
     tokenize = str.split if cut == "words" else lambda text: byte_level.encode(text).ids
     for index in range(20):
         lengths = []
         for filler in ("distance=0", "distance=41", "distance=41,before=7", "distance=41,before=7,after=5"):
-            example = find_task(f"{spec},{filler}").example(0, index, tokenize)
+            example = parse_task(f"{spec},{filler}").example(0, index, tokenize)
             assert tokenize(example.text) == example.tokens
             for answer in example.answers:
-                assert answer.distance >= find_task(f"{spec},{filler}").distance.low
+                assert answer.distance >= parse_task(f"{spec},{filler}").distance.low
             lengths.append(fillers_in(example.text, tokenize))
         assert lengths == [0, 41, 48, 53]
 
@@ -122,7 +124,7 @@ def fillers_in(text: str, tokenize) -> int:
 
 
 def test_the_distance_of_each_answer():
-    example = find_task("pairs,distance=11,queries=4").example(3, 0, str.split)
+    example = parse_task("pairs,distance=11,queries=4").example(3, 0, str.split)
     for answer in example.answers:
         key, value = example.tokens[answer.begin - 1], example.tokens[answer.begin]
         fact_end = example.tokens.index(key) + 2
@@ -131,28 +133,28 @@ def test_the_distance_of_each_answer():
 
 
 def test_documents_may_be_whole_segments():
-    task = find_task("pairs,distance=1-50,multiple=32")
+    task = parse_task("pairs,distance=1-50,multiple=32")
     lengths = {1 + len(task.example(0, index, str.split).tokens) for index in range(100)}
     assert lengths == {32, 64}
 
 
 def test_answers_are_as_likely_as_chance_says():
-    task = find_task("pairs,values=8,distance=0")
+    task = parse_task("pairs,values=8,distance=0")
     answers = [task.example(0, index, str.split) for index in range(2000)]
     values = [example.tokens[example.answers[0].begin] for example in answers]
     assert task.chance == 1 / 8
     assert set(values) == set(VALUES[:8])
     assert max(values.count(value) for value in set(values)) / len(values) < 0.16
-    assert find_task("passkey,digits=3").chance == pytest.approx(1e-3)
+    assert parse_task("passkey,digits=3").chance == pytest.approx(1e-3)
 
 
 def test_distances_are_drawn_by_octaves():
     rng = random.Random(0)
-    drawn = [Span(0, 511).draw(rng) for _ in range(2000)]
+    drawn = [IntRange(0, 511).draw(rng) for _ in range(2000)]
     assert min(drawn) == 0
     assert max(drawn) > 500
     assert 0.4 < sum(distance < 22 for distance in drawn) / len(drawn) < 0.6
-    assert Span(5, 5).draw(rng) == 5
+    assert IntRange(5, 5).draw(rng) == 5
 
 
 @pytest.mark.parametrize(
@@ -175,12 +177,12 @@ def test_distances_are_drawn_by_octaves():
 )
 def test_mistakes_are_named(spec, named):
     with pytest.raises(UserError, match=re.escape(named)):
-        find_task(spec)
+        parse_task(spec)
 
 
 def test_a_tokenizer_of_bytes_has_no_filler():
     with pytest.raises(UserError, match="larger vocabulary"):
-        find_task("pairs").example(0, 0, lambda text: list(text.encode()))
+        parse_task("pairs").example(0, 0, lambda text: list(text.encode()))
 
 
 def test_shards_hold_the_examples(tmp_path):
@@ -196,18 +198,18 @@ def test_shards_hold_the_examples(tmp_path):
         for split in ("train", "validation")
         for ids in read_token_documents(out / split, manifest.tokenizer.start_id)
     ]
-    assert sorted(found) == sorted(example.text.strip() for _, example in documents(find_tasks(spec)))
-    texts = {example.text.strip(): example for _, example in documents(find_tasks(spec))}
+    assert sorted(found) == sorted(example.text.strip() for _, example in training_examples(parse_tasks(spec)))
+    texts = {example.text.strip(): example for _, example in training_examples(parse_tasks(spec))}
     for row in read_rows(out / "train"):
-        # A document that goes on in the next row is compared as far as it lies in this one.
+        # A document that continues in the next row is not compared.
         ends = row.document_lengths.cumsum()
         for begin, end in zip(ends - row.document_lengths, ends, strict=True):
             example = texts.get(tokenizer.decode(row.input_ids[begin + 1 : end]))
             if example is not None:
                 answers = [1 + at for answer in example.answers for at in range(answer.begin, answer.end)]
-                assert np.flatnonzero(row.learned[begin:end]).tolist() == answers
-    ids = tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"]
-    assert sorted(ids) == list(range(2, 2 + len(WORDS)))
+                assert np.flatnonzero(row.loss_mask[begin:end]).tolist() == answers
+    ids = tokenizer(" ".join(VOCABULARY), add_special_tokens=False)["input_ids"]
+    assert sorted(ids) == list(range(2, 2 + len(VOCABULARY)))
     with pytest.raises(UserError, match="did you mean pairs"):
         prepare(PrepareOptions(source="recall:pears", out=tmp_path / "none"), quiet=True)
     with pytest.raises(UserError, match="--validation-source stdlib"):
@@ -220,20 +222,20 @@ def test_the_loss_is_taken_over_the_answers(tmp_path):
     prepare(PrepareOptions(source=f"recall:{spec}+{spec},seed=1,learn=all", out=out, sequence_length=64), quiet=True)
     rows = read_rows(out / "train")
     batch = collate([encode_row(row) | {"row": number} for number, row in enumerate(rows)])
-    learned = torch.from_numpy(np.stack([row.learned for row in rows]))
-    assert torch.equal(batch.labels != IGNORE_INDEX, learned)
-    assert torch.equal(batch.labels[learned], batch.input_ids[learned])
+    loss_mask = torch.from_numpy(np.stack([row.loss_mask for row in rows]))
+    assert torch.equal(batch.labels != IGNORE_INDEX, loss_mask)
+    assert torch.equal(batch.labels[loss_mask], batch.input_ids[loss_mask])
     ends = [row.document_lengths.cumsum() for row in rows]
-    parts = [part for row, end in zip(rows, ends, strict=True) for part in np.split(row.learned, end)]
-    whole = [part for part in parts if len(part) == 18]  # documents that are not cut
-    assert {part.sum() for part in whole} == {2, 18}
+    parts = [part for row, end in zip(rows, ends, strict=True) for part in np.split(row.loss_mask, end)]
+    complete = [part for part in parts if len(part) == 18]  # documents that are in a single row
+    assert {part.sum() for part in complete} == {2, 18}
 
 
-def test_part_of_a_long_text_is_learned_where_answers_lie():
+def test_loss_masks_of_tokens_and_of_rows_that_have_answers_in_part():
     offsets = [(0, 3), (3, 7), (7, 9), (9, 12)]
-    assert within_answers(offsets, [(3, 7), (10, 11)]).tolist() == [False, True, False, True]
-    assert within_answers(offsets, []).tolist() == [False] * 4
-    packer = Packer(4, vocab_size=10, pad_id=0, has_answers=True)
+    assert answer_mask(offsets, [(3, 7), (10, 11)]).tolist() == [False, True, False, True]
+    assert answer_mask(offsets, []).tolist() == [False] * 4
+    packer = Packer(4, vocab_size=10, pad_id=0, has_loss_mask=True)
     rows = [*packer.add(np.arange(3), True, np.array([False, True, True])), *packer.add(np.arange(3), True)]
     rows += packer.finish()
-    assert [row.learned.tolist() for row in rows] == [[False, True, True, True], [True, True, False, False]]
+    assert [row.loss_mask.tolist() for row in rows] == [[False, True, True, True], [True, True, False, False]]
