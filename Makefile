@@ -24,13 +24,15 @@ test-slurm: $(INSTALLED)
 lint: $(INSTALLED)
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/codespell
 
 format: $(INSTALLED)
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
-# torch first and by itself, since its own dependencies differ from machine to machine; then all else, exactly as
-# locked. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
+# torch first and alone, since its own dependencies differ from machine to machine; then everything else, exactly as
+# locked; then the project itself, editable. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
 $(INSTALLED): requirements.lock setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.11" >&2; exit 2; }

@@ -1,1 +1,1 @@
-"""Text in, tokenizer and MDS shards out: `python -m data_prep --source stdlib --out FOLDER`."""
+"""Text to a tokenizer and MDS shards: `python -m data_prep --source stdlib --out FOLDER`."""

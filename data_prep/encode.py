@@ -1,11 +1,11 @@
-"""Documents to token ids in several processes, in order, with a bounded number of documents in flight."""
+"""Documents to token ids in several processes, in order, with a bounded number of documents in memory."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.sources import Document
+from data_prep.documents import Document
 from data_prep.splits import Split
-from data_prep.text_chunks import cut, may_cut
+from data_prep.text_chunks import can_split, split_text
 from infini_ds.utils.errors import UserError
 
-BATCH = 1 << 19  # characters that go to a process at once, at least
+BATCH_CHARACTERS = 1 << 19  # that are sent to a process at once, at least
+PIECE_OVERHEAD = 100  # characters that a piece counts for besides its own, so that a batch has not a million of them
 
 # Of a tokenizing process, set once as it starts.
 _tokenizer: Tokenizer
@@ -28,8 +29,12 @@ _start: np.ndarray
 
 
 class Piece(NamedTuple):
-    """A document or a part of one, `starts` where it is the first part. answers: as in `Document`, of the whole one;
-    a document that has some is not cut."""
+    """A document, or a chunk of a long one.
+
+    Attributes:
+        starts: it is the first chunk of its document.
+        answers: as in `Document`. A document with answers is not split.
+    """
 
     split: Split
     starts: bool
@@ -37,92 +42,105 @@ class Piece(NamedTuple):
     answers: list[tuple[int, int]] | None
 
 
-class Encoded(NamedTuple):
-    """Token ids of a piece, the start token ahead of them where a document starts. bytes: of UTF-8 text. learned: bool,
-    those that belong to an answer; None for all."""
+class EncodedPiece(NamedTuple):
+    """The tokens of a piece.
+
+    Attributes:
+        ids: token ids, with the start token first if the piece starts a document.
+        bytes: of its text in UTF-8.
+        loss_mask: bool, the tokens that belong to an answer; None for all of them.
+    """
 
     split: Split
     starts: bool
     ids: np.ndarray
     bytes: int
-    learned: np.ndarray | None
+    loss_mask: np.ndarray | None
+
+
+# Of a piece: its ids, bytes and loss mask.
+Tokens = tuple[np.ndarray, int, np.ndarray | None]
 
 
 def encode_documents(
     documents: Iterable[tuple[Split, Document]], tokenizer_json: Path, start_id: int, workers: int
-) -> Iterator[Encoded]:
-    """Encodes (split, document) pairs; results come in the order of the documents whatever `workers` is.
+) -> Generator[EncodedPiece, None, None]:
+    """Yield the tokens of all documents, in their order whatever `workers` is.
 
-    Raises ValueError where a process is killed from outside, as a machine short of memory does.
+    Raises:
+        UserError: a process was killed from outside, as happens if a machine is short of memory.
     """
-    batches = batched(pieces(documents, may_cut(tokenizer_json.read_text())))
-    waiting: deque = deque()
-    with tokenizing_processes(tokenizer_json, start_id, workers) as pool:
+    batches = _batches(_pieces(documents, can_split(tokenizer_json.read_text())))
+    waiting: deque[tuple[list[Piece], Future[list[Tokens]]]] = deque()
+    with _tokenizing_processes(tokenizer_json, start_id, workers) as pool:
         try:
             for batch in batches:
-                waiting.append((batch, submit(pool, batch)))
+                waiting.append((batch, _submit(pool, batch)))
                 if len(waiting) > 2 * workers:
-                    yield from collect(*waiting.popleft())
+                    yield from _collect(*waiting.popleft())
             while waiting:
-                yield from collect(*waiting.popleft())
+                yield from _collect(*waiting.popleft())
         except BrokenProcessPool as error:
             raise UserError(
-                f"--workers {workers}: a tokenizing process was killed, most often for want of memory; "
+                f"--workers {workers}: a tokenizing process was killed, most often because memory was full; "
                 "pass a smaller number"
             ) from error
 
 
-def pieces(documents: Iterable[tuple[Split, Document]], cutting: bool) -> Iterator[Piece]:
+def _pieces(documents: Iterable[tuple[Split, Document]], splits_texts: bool) -> Iterator[Piece]:
     for split, document in documents:
-        whole = not cutting or document.answers is not None
-        for index, part in enumerate([document.text] if whole else cut(document.text)):
-            yield Piece(split, index == 0, part, document.answers)
+        assert document.text is not None, "documents without text are left out before"
+        is_split = splits_texts and document.answers is None
+        for index, chunk in enumerate(split_text(document.text) if is_split else [document.text]):
+            yield Piece(split, index == 0, chunk, document.answers)
 
 
-def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.text) + 100  # so that very short documents do not make a batch of a million
-        if size >= BATCH:
+        size += len(piece.text) + PIECE_OVERHEAD
+        if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def collect(batch: list[Piece], future: Future) -> Iterator[Encoded]:
-    for piece, (ids, size, learned) in zip(batch, future.result(), strict=True):
-        yield Encoded(piece.split, piece.starts, ids, size, learned)
+def _collect(batch: list[Piece], future: Future[list[Tokens]]) -> Iterator[EncodedPiece]:
+    for piece, (ids, size, loss_mask) in zip(batch, future.result(), strict=True):
+        yield EncodedPiece(piece.split, piece.starts, ids, size, loss_mask)
 
 
 @contextmanager
-def tokenizing_processes(tokenizer_json: Path, start_id: int, workers: int) -> Iterator[ProcessPoolExecutor]:
-    # spawn: `tokenizers` has threads by now, and a forked copy of a locked lock never opens. An executor and not a
-    # multiprocessing.Pool, which waits for ever when one of its processes is killed.
+def _tokenizing_processes(tokenizer_json: Path, start_id: int, workers: int) -> Iterator[ProcessPoolExecutor]:
+    # spawn, since `tokenizers` has threads by now, and a forked copy of a locked lock is never released. An executor,
+    # and not a multiprocessing.Pool, which waits forever if one of its processes is killed.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_process, (str(tokenizer_json), start_id))
+    pool = ProcessPoolExecutor(workers, context, _start_process, (str(tokenizer_json), start_id))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def submit(pool: ProcessPoolExecutor, batch: list[Piece]) -> Future:
-    """Starts a process if one more is of use. Ctrl-C goes to the whole process group: a new process inherits the
-    block, and leaves the ending to this one."""
+def _submit(pool: ProcessPoolExecutor, batch: list[Piece]) -> Future[list[Tokens]]:
+    """Send a batch to a process, starting one if another is of use.
+
+    Ctrl-C reaches the whole process group. A new process inherits that it is blocked, and is ended by this one.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(encode_batch, [(piece.starts, piece.text, piece.answers) for piece in batch])
+        return pool.submit(_encode_batch, [(piece.starts, piece.text, piece.answers) for piece in batch])
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_process(tokenizer_json: str, start_id: int) -> None:
-    """Readies a tokenizing process."""
+def _start_process(tokenizer_json: str, start_id: int) -> None:
+    """Prepare a tokenizing process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process; `tokenizers` reads this at every call
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     global _tokenizer, _start
     _tokenizer = Tokenizer.from_file(tokenizer_json)
     _tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
@@ -131,32 +149,32 @@ def start_process(tokenizer_json: str, start_id: int) -> None:
     _start = np.array([start_id], np.uint32)
 
 
-def end_with_parent() -> None:
-    """A killed parent closes no queue, and its processes would wait for work for ever."""
-    multiprocessing.parent_process().join()
+def _exit_with_parent() -> None:
+    """Exit when the parent does: a killed parent closes no queue, and its processes would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
-def encode_batch(
-    batch: list[tuple[bool, str, list[tuple[int, int]] | None]],
-) -> list[tuple[np.ndarray, int, np.ndarray | None]]:
-    """Runs in a tokenizing process: (starts, text, answers) to (ids, bytes of text, learned)."""
+def _encode_batch(batch: list[tuple[bool, str, list[tuple[int, int]] | None]]) -> list[Tokens]:
+    """Tokenize (starts, text, answers) of pieces, in a tokenizing process."""
     # The fast form keeps no offsets.
     encode = _tokenizer.encode_batch if any(answers for *_, answers in batch) else _tokenizer.encode_batch_fast
     encodings = encode([text for _, text, _ in batch], add_special_tokens=False)
     results = []
     for (starts, text, answers), encoding in zip(batch, encodings, strict=True):
         ids = np.array(encoding.ids, np.uint32)
-        learned = None if answers is None else within_answers(encoding.offsets, answers)
+        loss_mask = None if answers is None else answer_mask(encoding.offsets, answers)
         if starts:
             ids = np.concatenate((_start, ids))
-            learned = None if learned is None else np.concatenate(([False], learned))
-        results.append((ids, len(text.encode()), learned))
+            loss_mask = None if loss_mask is None else np.concatenate(([False], loss_mask))
+        results.append((ids, len(text.encode()), loss_mask))
     return results
 
 
-def within_answers(offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> np.ndarray:
-    """Which tokens have a character of an answer, by their place in the text."""
+def answer_mask(offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> np.ndarray:
+    """Return which tokens share a character with an answer, both given by their place in the text."""
     begin, end = np.array(offsets, np.int64).reshape(-1, 2).T[..., None]
     first, last = np.array(answers, np.int64).reshape(-1, 2).T
     return ((begin < last) & (first < end)).any(1)

@@ -8,8 +8,9 @@ from platform import python_version
 from typing import Any
 
 from data_prep.shards import SplitCounts
-from data_prep.splits import Skipped
-from data_prep.tokenizer import TokenizerFacts
+from data_prep.splits import SkipCounts
+from data_prep.tokenizer import TokenizerInfo
+from infini_ds.utils.atomic import write_json_atomic
 from infini_ds.utils.errors import UserError
 
 FORMAT_VERSION = 1
@@ -19,37 +20,46 @@ PACKAGES = ("datasets", "mosaicml-streaming", "numpy", "pyarrow", "tokenizers", 
 
 @dataclass(frozen=True)
 class Manifest:
-    """options: those that shaped the result. token_dtype: of stored ids. created: UTC, ISO 8601. seconds: it took."""
+    """The content of manifest.json.
+
+    Attributes:
+        options: those that the result depends on, by name.
+        token_dtype: of the token ids in the shards.
+        created: UTC, ISO 8601.
+        seconds: that the preparation took.
+    """
 
     format_version: int
     options: dict[str, Any]
     sequence_length: int
     token_dtype: str
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerInfo
     train: SplitCounts
     validation: SplitCounts
-    skipped: Skipped
+    skipped: SkipCounts
     versions: dict[str, str]
     created: str
     seconds: float
 
 
 def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a preparation depends on."""
     return {"python": python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
-    (folder / NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    """Write manifest.json."""
+    write_json_atomic(folder / NAME, asdict(manifest), indent=2)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a finished folder. A ValueError sentence if it is missing, unfinished or of another format."""
+    """Read the manifest of a finished folder. Raises a UserError if it is missing, damaged or of another format."""
     path = Path(folder, NAME)
     remedy = "make it with `python -m data_prep`"
     if not path.parent.is_dir():
-        raise UserError(f"{folder}: there is no such folder of prepared data; {remedy}")
+        raise UserError(f"{folder}: no such folder of prepared data; {remedy}")
     if not path.is_file():
-        raise UserError(f"{folder}: it holds no {NAME}, so it is no finished folder of prepared data; {remedy}")
+        raise UserError(f"{folder}: it holds no {NAME}, so it is not a finished folder of prepared data; {remedy}")
     try:
         fields = json.loads(path.read_text())
         if fields["format_version"] != FORMAT_VERSION:
@@ -57,7 +67,7 @@ def load_manifest(folder: str | Path) -> Manifest:
                 f"{folder}: its format is version {fields['format_version']} and this program's is {FORMAT_VERSION}; "
                 f"{remedy} --force"
             )
-        parts = {"tokenizer": TokenizerFacts, "train": SplitCounts, "validation": SplitCounts, "skipped": Skipped}
+        parts = {"tokenizer": TokenizerInfo, "train": SplitCounts, "validation": SplitCounts, "skipped": SkipCounts}
         return Manifest(**fields | {name: part(**fields[name]) for name, part in parts.items()})
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: it is damaged ({error}); {remedy} --force") from error

@@ -1,4 +1,4 @@
-"""Text to tokenizer and shards: the whole of `python -m data_prep`, callable.
+"""Text to tokenizer and shards: all of `python -m data_prep`, as a function.
 
     from data_prep.prepare import PrepareOptions, prepare
     manifest = prepare(PrepareOptions(source="stdlib", out="corpus", vocab_size=4096))
@@ -15,13 +15,19 @@ from pathlib import Path
 from data_prep.atomic_dir import LOCK, build_folder
 from data_prep.encode import encode_documents
 from data_prep.manifest import FORMAT_VERSION, NAME, Manifest, load_manifest, package_versions, save_manifest
-from data_prep.options import PrepareOptions, check, shaping
+from data_prep.options import PrepareOptions, cache_key_options, check_options
 from data_prep.packing import token_dtype
-from data_prep.progress import Progress, show_progress
 from data_prep.shards import split_writer
-from data_prep.splits import Skipped, split_documents, training_texts, validation_digests
-from data_prep.tokenizer import TokenizerFacts, load_tokenizer, save_tokenizer, train_tokenizer, word_tokenizer
+from data_prep.splits import SkipCounts, split_documents, training_texts, validation_hashes
+from data_prep.tokenizer import (
+    TokenizerInfo,
+    load_tokenizer,
+    make_word_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.progress import ProgressBar
 
 __all__ = ["Manifest", "PrepareOptions", "load_manifest", "prepare", "summary"]
 
@@ -29,44 +35,55 @@ ENTRIES = {"tokenizer", "train", "validation", NAME, LOCK}
 
 
 def prepare(options: PrepareOptions, quiet: bool = False) -> Manifest:
-    """Makes `options.out`, or finds it finished with the same options, and returns its manifest.
+    """Write `options.out`, unless it is finished with the same options, and return its manifest.
 
-    Raises a ValueError sentence for whatever the user can mend; `out` is then as it was. Prints progress on stderr and
-    a summary on stdout unless `quiet`. Starts processes, so a script that calls it needs `if __name__ == "__main__":`.
+    Logs progress and prints a summary on stdout, unless `quiet`. Starts processes, so a script that calls this needs
+    `if __name__ == "__main__":`.
+
+    Raises:
+        UserError: the user can repair it. `out` is then as it was.
     """
-    check(options)
-    out = Path(options.out).resolve()  # a link stays; what it points to is made
+    check_options(options)
+    out = Path(options.out).resolve()  # a link is kept, and what it points to is written
     replace = False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        finished = find_finished(out, options)
+        finished = _find_finished(out, options)
         if finished is not None:
             if not quiet:
                 print(f"{out} is finished and was made with the same options: nothing to do")
             return finished
         replace = True
     try:
-        with show_progress(quiet) as progress, build_folder(out, replace) as partial:
-            manifest = build(options, partial, progress)
+        with (
+            ProgressBar("preparing", unit="tokens", shown=not quiet) as progress,
+            build_folder(out, replace) as partial,
+        ):
+            manifest = _build(options, partial, progress)
     except Exception as error:
-        raise explained(error, out) from error
+        raise _as_user_error(error, out) from error
     if not quiet:
         print(summary(manifest, out))
     return manifest
 
 
-def find_finished(out: Path, options: PrepareOptions) -> Manifest | None:
-    """The manifest of a folder that can stay, None where --force lets it be replaced; else ValueError."""
+def _find_finished(out: Path, options: PrepareOptions) -> Manifest | None:
+    """Return the manifest of a folder that is up to date, or None if --force lets it be replaced.
+
+    Raises:
+        UserError: the folder was made with other options, is not finished, or holds files of the user.
+    """
     if not (out / NAME).is_file():
         raise UserError(
-            f"--out {out}: it is there already and data_prep did not finish it; name another, or remove it yourself"
+            f"--out {out}: it exists and was not finished by data_prep; name another folder, or remove it yourself"
         )
-    differing = differences(load_manifest(out), options) if not options.force else None
-    if differing == "":
-        return load_manifest(out)
-    if differing:
-        raise UserError(
-            f"--out {out}: it was made with other options ({differing}); pass --force to replace it, or another --out"
-        )
+    if not options.force:
+        manifest = load_manifest(out)
+        if differing := _differences(manifest, options):
+            raise UserError(
+                f"--out {out}: it was made with other options ({differing}); pass --force to replace it, or another "
+                "--out"
+            )
+        return manifest
     foreign = sorted(path.name for path in out.iterdir() if path.name not in ENTRIES)
     if foreign:
         raise UserError(
@@ -75,42 +92,45 @@ def find_finished(out: Path, options: PrepareOptions) -> Manifest | None:
     return None
 
 
-def differences(manifest: Manifest, options: PrepareOptions) -> str:
-    """The options that differ, in words; empty where none does."""
-    asked = shaping(options)
+def _differences(manifest: Manifest, options: PrepareOptions) -> str:
+    """Return the options that differ, as text; empty if none does."""
     return ", ".join(
         f"--{name.replace('_', '-')} {manifest.options.get(name)} there, {value} here"
-        for name, value in asked.items()
+        for name, value in cache_key_options(options).items()
         if manifest.options.get(name) != value
     )
 
 
-def build(options: PrepareOptions, folder: Path, progress: Progress) -> Manifest:
-    """Fills an empty folder, the manifest last."""
-    begun = time.monotonic()
+def _build(options: PrepareOptions, folder: Path, progress: ProgressBar) -> Manifest:
+    """Fill an empty folder, and write its manifest last."""
+    started = time.monotonic()
     if options.separate_validation:
         progress.phase("reading validation documents")
-    held_out = validation_digests(options)
-    tokenizer = make_tokenizer(options, held_out, folder / "tokenizer", progress)
+    held_out = validation_hashes(options)
+    tokenizer = _make_tokenizer(options, held_out, folder / "tokenizer", progress)
 
-    progress.phase("starting to tokenize")
-    skipped = Skipped()
-    shape = (options.sequence_length, tokenizer.vocab_size, tokenizer.pad_id, options.shard_bytes, options.has_answers)
-    with split_writer(folder / "train", *shape) as train, split_writer(folder / "validation", *shape) as validation:
+    skipped = SkipCounts()
+    shape = (options.sequence_length, tokenizer.vocab_size, tokenizer.pad_id, options.shard_bytes)
+    with (
+        split_writer(folder / "train", *shape, options.has_loss_mask) as train,
+        split_writer(folder / "validation", *shape, options.has_loss_mask) as validation,
+    ):
         writers = {"train": train, "validation": validation}
         documents = split_documents(options, held_out, skipped)
         tokenizer_json = folder / "tokenizer" / "tokenizer.json"
         workers = options.workers or os.cpu_count() or 1
         progress.phase("tokenizing")
+        number = 0
         with closing(encode_documents(documents, tokenizer_json, tokenizer.start_id, workers)) as encoded:
             for piece in encoded:
                 writers[piece.split].add(piece)
-                progress.advance(piece.starts, len(piece.ids))
-        check_splits_filled(options, train.counts.documents, validation.counts.documents, skipped)
+                number += piece.starts
+                progress.advance({"documents": f"{number:,}"}, by=len(piece.ids))
+        _check_splits_filled(options, train.counts.documents, validation.counts.documents, skipped)
 
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        options=shaping(options),
+        options=cache_key_options(options),
         sequence_length=options.sequence_length,
         token_dtype=token_dtype(tokenizer.vocab_size),
         tokenizer=tokenizer,
@@ -119,49 +139,48 @@ def build(options: PrepareOptions, folder: Path, progress: Progress) -> Manifest
         skipped=skipped,
         versions=package_versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        seconds=round(time.monotonic() - begun, 1),
+        seconds=round(time.monotonic() - started, 1),
     )
     save_manifest(manifest, folder)
     return manifest
 
 
-def make_tokenizer(
-    options: PrepareOptions, held_out: frozenset[int] | None, folder: Path, progress: Progress
-) -> TokenizerFacts:
+def _make_tokenizer(
+    options: PrepareOptions, held_out: frozenset[int] | None, folder: Path, progress: ProgressBar
+) -> TokenizerInfo:
+    """Load or train the tokenizer, and save it to `folder`."""
     if not options.trains_tokenizer:
         progress.phase("loading the tokenizer")
         return save_tokenizer(load_tokenizer(options.tokenizer), folder, "loaded")
-    words = options.words
-    if words is not None:
-        return save_tokenizer(word_tokenizer(words), folder, "words")
+    vocabulary = options.vocabulary
+    if vocabulary is not None:
+        return save_tokenizer(make_word_tokenizer(vocabulary), folder, "words")
     progress.phase("training the tokenizer")
     texts = training_texts(options, held_out)
     return save_tokenizer(train_tokenizer(texts, options.vocab_size, options.tokenizer_bytes), folder, "trained")
 
 
-def check_splits_filled(options: PrepareOptions, train: int, validation: int, skipped: Skipped) -> None:
-    """Raises a ValueError sentence where a split has no document."""
+def _check_splits_filled(options: PrepareOptions, train: int, validation: int, skipped: SkipCounts) -> None:
+    """Raise a UserError if a split has no document."""
     left_out = f"{skipped.empty} empty, {skipped.undecodable} undecodable, {skipped.duplicates} also in validation"
     if not train and not validation:
-        raise UserError(
-            f"--source {options.source}: it gives no document ({left_out}); choose a source with text in it"
-        )
+        raise UserError(f"--source {options.source}: it has no documents ({left_out}); choose a source with text in it")
     if not train:
         raise UserError(f"--source {options.source}: no document is left to train on ({left_out}); give more documents")
     if not validation and options.separate_validation:
         read = options.validation
-        raise UserError(f"{read.option} {read.source} (split {read.split}): it gives no document; name one that does")
+        raise UserError(f"{read.option} {read.source} (split {read.split}): it has no documents; name one that has")
     if not validation:
         raise UserError(
-            f"--validation-fraction {options.validation_fraction}: none of the {train} documents fell to validation; "
-            "pass a larger share, or --validation-source"
+            f"--validation-fraction {options.validation_fraction}: none of the {train} documents was chosen for "
+            "validation; pass a larger share, or --validation-source"
         )
 
 
-def explained(error: Exception, out: Path) -> Exception:
-    """A sentence for what the machine refused; any other error as it is."""
+def _as_user_error(error: Exception, out: Path) -> Exception:
+    """Return the sentence for what the machine refused, or any other error as it is."""
     number = error.errno if isinstance(error, OSError) else None
-    # `tokenizers` passes the system's words on without the number.
+    # `tokenizers` passes the system's message on without the number.
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         return UserError(f"--out {out}: the disk is full ({error}); free some space or name a folder on another disk")
     if number in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -176,7 +195,7 @@ def explained(error: Exception, out: Path) -> Exception:
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """A few lines for people."""
+    """Return a few lines on what a folder holds."""
     lines = [
         f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
         f"{split.rows:,} rows of {manifest.sequence_length}"

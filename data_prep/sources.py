@@ -1,93 +1,72 @@
-"""Where documents come from. To add a kind, write a generator of `Document` and register it with
-`@source("kind:ARGUMENT")`.
+"""Where documents come from. To add a kind of source, write a generator of `Document` with `@source("kind:ARGUMENT")`.
 
-Every reader is lazy and gives the same documents in the same order each time it is called: a corpus is read more than
-once (for the tokenizer, then for the shards) and never held in memory.
+Every reader is lazy and yields the same documents in the same order at each call: a corpus is read more than once, for
+the tokenizer and then for the shards, and is never held in memory.
 """
 
-import difflib
 import glob
 import io
 import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from data_prep.recall import WORDS, documents, find_tasks
-from infini_ds.utils.errors import UserError
-
-
-class Document(NamedTuple):
-    """One text. `text` is None where it did not decode and is left out; `repaired` says bad UTF-8 became U+FFFD.
-    `answers`: begin and end of each part of the text that is to be learned; None for all of it."""
-
-    name: str
-    text: str | None
-    repaired: bool = False
-    answers: list[tuple[int, int]] | None = None
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What a reader may need besides its argument. `option` and `source` are for error sentences."""
-
-    option: str
-    source: str
-    text_column: str
-    split: str
-    subset: str | None
-    bad_utf8: str
-    document_separator: str | None
-
-    def error(self, sentence: str) -> UserError:
-        return UserError(f"{self.option} {self.source}: {sentence}")
-
+from data_prep.documents import Document, ReadOptions, decode, decode_column
+from data_prep.synthetic.specs import parse_tasks, training_examples
+from data_prep.synthetic.words import VOCABULARY
+from infini_ds.utils.errors import UserError, did_you_mean, first_line
 
 Reader = Callable[[str, ReadOptions], Iterator[Document]]
 
 
-class Source(NamedTuple):
+class SourceKind(NamedTuple):
+    """A kind of source.
+
+    Attributes:
+        form: how it is written, such as "text:FOLDER".
+        has_splits: --split and --subset apply.
+        has_text_files: --document-separator applies.
+        vocabulary: all words of its texts, if they are few; the tokenizer then has a token for each.
+        has_answers: its documents have `answers`.
+    """
+
     form: str
     read: Reader
     has_splits: bool
-    has_files_of_text: bool
-    words: tuple[str, ...] | None
+    has_text_files: bool
+    vocabulary: tuple[str, ...] | None
     has_answers: bool
 
 
-SOURCES: dict[str, Source] = {}
+SOURCES: dict[str, SourceKind] = {}
 
 
 def source(
     form: str,
     has_splits: bool = False,
-    has_files_of_text: bool = False,
-    words: tuple[str, ...] | None = None,
+    has_text_files: bool = False,
+    vocabulary: tuple[str, ...] | None = None,
     has_answers: bool = False,
 ) -> Callable[[Reader], Reader]:
-    """Registers a reader under the word before the colon of `form`; `has_splits`: --split and --subset apply;
-    `has_files_of_text`: --document-separator does; `words`: all that its texts are made of, where they are few;
-    `has_answers`: its documents say what of them is to be learned."""
+    """Register a reader as the kind before the colon of `form`. The arguments are those of `SourceKind`."""
 
     def register(read: Reader) -> Reader:
-        SOURCES[form.partition(":")[0]] = Source(form, read, has_splits, has_files_of_text, words, has_answers)
+        kind = form.partition(":")[0]
+        SOURCES[kind] = SourceKind(form, read, has_splits, has_text_files, vocabulary, has_answers)
         return read
 
     return register
 
 
-def find_source(option: str, text: str) -> tuple[Source, str]:
-    """The source and argument that `text` ("kind:argument") names; ValueError names the nearest if none."""
+def find_source(option: str, text: str) -> tuple[SourceKind, str]:
+    """Return the kind and the argument of "KIND:ARGUMENT". Raises a UserError for an unknown kind."""
     kind, _, argument = text.partition(":")
-    forms = ", ".join(found.form for found in SOURCES.values())
     if kind not in SOURCES:
-        near = difflib.get_close_matches(kind, SOURCES, n=1, cutoff=0.4)
-        hint = f"did you mean {SOURCES[near[0]].form}? " if near else ""
-        raise UserError(f"{option} {text}: unknown kind {kind!r}; {hint}The kinds are {forms}")
+        forms = [found.form for found in SOURCES.values()]
+        raise UserError(f"{option} {text}: unknown kind {kind!r}{did_you_mean(kind, forms, cutoff=0.4)}")
     found = SOURCES[kind]
     if (":" in found.form) != bool(argument):
         raise UserError(f"{option} {text}: write it as {found.form}")
@@ -95,59 +74,20 @@ def find_source(option: str, text: str) -> tuple[Source, str]:
 
 
 def read_documents(options: ReadOptions) -> Iterator[Document]:
-    """Documents of `options.source`, lazily. Raises ValueError sentences for whatever the user can mend."""
+    """Return the documents of `options.source`, lazily. Raises a UserError for what the user can repair."""
     found, argument = find_source(options.option, options.source)
     return found.read(argument, options)
 
 
-def decode(name: str, data: bytes, bad_utf8: str, offset: int = 0) -> Document:
-    """A document of UTF-8 bytes; what is not UTF-8 is dealt with as --bad-utf8 says. `offset`: of `data` in `name`."""
-    try:
-        return Document(name, data.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        if bad_utf8 == "error":
-            raise UserError(
-                f"--bad-utf8 error: {name} is not UTF-8 at byte {offset + error.start}; "
-                "mend it, or pass --bad-utf8 replace or skip"
-            ) from None
-        return (
-            Document(name, None) if bad_utf8 == "skip" else Document(name, data.decode(errors="replace"), repaired=True)
-        )
-
-
-def take_column(name: str, row: dict[str, Any], options: ReadOptions) -> Document:
-    """The text column of a row; null counts as an empty document."""
-    column = options.text_column
-    if column not in row:
-        raise UserError(f"--text-column {column}: {name} has no such column; it has {', '.join(map(str, row))}")
-    text = row[column]
-    kind = type(text).__name__
-    if kind not in ("str", "NoneType"):
-        raise UserError(f"--text-column {column}: {name} holds {kind} there, not text; choose another column")
-    # JSON may escape half a surrogate pair, which is a str in Python and no text in UTF-8.
-    return decode(name, (text or "").encode(errors="surrogatepass"), options.bad_utf8)
-
-
-def find_files(argument: str, options: ReadOptions) -> list[str]:
-    """Files of a comma list of paths and globs, each sorted."""
-    files: list[str] = []
-    for pattern in argument.split(","):
-        found = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
-        files += [path for path in found if os.path.isfile(path)]
-        if not any(map(os.path.isfile, found)):
-            raise options.error(f"{pattern} matches no file; give files or a glob such as 'folder/*'")
-    return list(dict.fromkeys(files))
-
-
 @source("stdlib")
 def read_stdlib(_: str, options: ReadOptions) -> Iterator[Document]:
-    """The running Python's own library: the help topics of pydoc, then every source file, nothing installed."""
+    """The running Python's own library: the help topics of pydoc, then every source file that it came with."""
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
         yield Document(f"pydoc topic {topic}", topics[topic])
     root = Path(sysconfig.get_path("stdlib"))
-    for path in walk(root, ".py", skip={"site-packages", "dist-packages", "__pycache__"}):
+    for path in _walk(root, ".py", skip={"site-packages", "dist-packages", "__pycache__"}):
         name = path.relative_to(root).as_posix()
         try:
             with tokenize.open(path) as file:
@@ -156,24 +96,25 @@ def read_stdlib(_: str, options: ReadOptions) -> Iterator[Document]:
             yield Document(name, None)
 
 
-@source("text:FOLDER", has_files_of_text=True)
+@source("text:FOLDER", has_text_files=True)
 def read_text(folder: str, options: ReadOptions) -> Iterator[Document]:
-    """Every .txt file of a folder and the folders in it, one document each, or several with --document-separator."""
+    """Every .txt file of a folder and the folders in it: one document each, or several with --document-separator."""
     if not os.path.isdir(folder):
-        raise options.error("there is no such folder; name one that holds .txt files")
-    paths = list(walk(Path(folder), ".txt"))
+        raise options.error("no such folder; name one that holds .txt files")
+    paths = list(_walk(Path(folder), ".txt"))
     if not paths:
         raise options.error("no .txt file is in that folder or in those in it; name one that holds some")
     for path in paths:
         if options.document_separator is None:
             yield decode(str(path), path.read_bytes(), options.bad_utf8)
         else:
-            yield from read_parts(path, options.document_separator.encode(), options.bad_utf8)
+            yield from _read_parts(path, options.document_separator.encode(), options.bad_utf8)
 
 
-def read_parts(path: Path, separator: bytes, bad_utf8: str) -> Iterator[Document]:
-    """The documents of a file of any size that lie between lines of nothing but `separator`."""
-    number, begin, offset, lines = 1, 0, 0, []
+def _read_parts(path: Path, separator: bytes, bad_utf8: str) -> Iterator[Document]:
+    """Yield the documents of a file of any size that are divided by lines of nothing but `separator`."""
+    number, begin, offset = 1, 0, 0
+    lines: list[bytes] = []
 
     def part() -> Document:
         return decode(f"{path} document {number}", b"".join(lines), bad_utf8, begin)
@@ -189,22 +130,36 @@ def read_parts(path: Path, separator: bytes, bad_utf8: str) -> Iterator[Document
     yield part()
 
 
-def walk(root: Path, suffix: str, skip: set[str] = frozenset()) -> Iterator[Path]:
-    """Files under `root` in an order that depends on their names alone, without entering folders named in `skip`."""
+def _walk(root: Path, suffix: str, skip: Collection[str] = ()) -> Iterator[Path]:
+    """Yield files below `root` in an order that depends on their names alone, without entering the folders `skip`."""
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - skip)
+        folders[:] = sorted(set(folders) - set(skip))
         for file in sorted(files):
             if file.endswith(suffix):
                 yield Path(folder, file)
 
 
+def _find_files(argument: str, options: ReadOptions) -> list[str]:
+    """Return the files of a comma list of paths and globs, those of a glob sorted."""
+    files: list[str] = []
+    for pattern in argument.split(","):
+        found = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
+        files += [path for path in found if os.path.isfile(path)]
+        if not any(map(os.path.isfile, found)):
+            raise options.error(f"{pattern} matches no file; give files or a glob such as 'folder/*'")
+    return list(dict.fromkeys(files))
+
+
 @source("jsonl:FILES")
 def read_jsonl(files: str, options: ReadOptions) -> Iterator[Document]:
-    """JSON objects, one a line. Read here and not with `datasets`, which names neither file nor byte of what is
-    broken, and fails where an unused column changes its type. Compression goes by the name: .gz, .zst, .bz2, ..."""
+    """JSON objects, one a line; compression follows from the name: .gz, .zst, .bz2, ...
+
+    They are not read with `datasets`, which names neither the file nor the byte of what is broken, and fails if the
+    type of an unused column changes.
+    """
     import pyarrow
 
-    for path in find_files(files, options):
+    for path in _find_files(files, options):
         offset = 0
         with io.BufferedReader(pyarrow.input_stream(path, compression="detect")) as lines:
             for number, line in enumerate(lines, 1):
@@ -217,21 +172,21 @@ def read_jsonl(files: str, options: ReadOptions) -> Iterator[Document]:
                     try:
                         row = json.loads(decoded.text)
                     except json.JSONDecodeError as error:
-                        raise options.error(f"{name} is not JSON ({error}); mend or remove it") from None
+                        raise options.error(f"{name} is not JSON ({error}); repair or remove it") from None
                     if not isinstance(row, dict):
                         raise options.error(f"{name} is a JSON {type(row).__name__}, not an object with columns")
-                    document = take_column(name, row, options)
+                    document = decode_column(name, row, options)
                     yield document._replace(repaired=document.repaired or decoded.repaired)
 
 
 @source("parquet:FILES")
 def read_parquet(files: str, options: ReadOptions) -> Iterator[Document]:
-    """Rows of Parquet files. Only the text column is read, and as bytes, so that bad UTF-8 can be dealt with."""
+    """Rows of Parquet files. Only the text column is read, as bytes, so that --bad-utf8 applies."""
     import pyarrow
     import pyarrow.parquet
 
     column = options.text_column
-    for path in find_files(files, options):
+    for path in _find_files(files, options):
         try:
             file = pyarrow.parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:
@@ -256,7 +211,7 @@ def read_parquet(files: str, options: ReadOptions) -> Iterator[Document]:
 
 @source("hf:NAME", has_splits=True)
 def read_hf(name: str, options: ReadOptions) -> Iterator[Document]:
-    """Anything `datasets.load_dataset` takes: a name on the hub, or a local folder laid out alike. Streamed."""
+    """What `datasets.load_dataset` takes: a name on the hub, or a local folder of the same layout. Streamed."""
     import datasets
 
     try:
@@ -264,21 +219,16 @@ def read_hf(name: str, options: ReadOptions) -> Iterator[Document]:
     except (OSError, ValueError) as error:
         raise options.error(f"`datasets` cannot load it with --split {options.split} ({first_line(error)})") from error
     for number, row in enumerate(rows):
-        yield take_column(f"{name} {options.split} row {number}", row, options)
+        yield decode_column(f"{name} {options.split} row {number}", row, options)
 
 
-@source("recall:TASKS", words=WORDS, has_answers=True)
+@source("recall:TASKS", vocabulary=VOCABULARY, has_answers=True)
 def read_recall(tasks: str, options: ReadOptions) -> Iterator[Document]:
-    """Examples that only a memory can answer, made on the spot: "TASK,option=value,...+TASK,..."."""
+    """Synthetic examples that only a memory can answer: "TASK,option=value,...+TASK,..."."""
     try:
-        found = find_tasks(tasks)
+        parsed = parse_tasks(tasks)
     except UserError as error:
         raise options.error(str(error)) from None
-    for number, (task, example) in enumerate(documents(found)):
+    for number, (task, example) in enumerate(training_examples(parsed)):
         answers = example.spans if task.learn == "answers" else None
         yield Document(f"recall example {number}", example.text, answers=answers)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, to go inside a sentence of ours."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

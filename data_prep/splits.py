@@ -1,4 +1,4 @@
-"""Which documents are trained on and which are held out. The same text always falls on the same side."""
+"""Which documents are trained on and which are held out. The same text is always in the same split."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,16 +6,23 @@ from typing import Literal
 
 import xxhash
 
+from data_prep.documents import Document, ReadOptions
 from data_prep.options import PrepareOptions
-from data_prep.sources import Document, ReadOptions, read_documents
+from data_prep.sources import read_documents
 
 Split = Literal["train", "validation"]
 
 
 @dataclass
-class Skipped:
-    """Documents left out: empty (nothing but white space), duplicates (training documents that are also in validation),
-    undecodable (no text by their encoding). `repaired` ones stay in, with U+FFFD for what was no UTF-8."""
+class SkipCounts:
+    """Documents that are left out, and those that were repaired.
+
+    Attributes:
+        empty: nothing but white space.
+        duplicates: training documents that are also in the validation source.
+        undecodable: not text in their encoding.
+        repaired: kept, with U+FFFD for what was not UTF-8.
+    """
 
     empty: int = 0
     duplicates: int = 0
@@ -23,8 +30,8 @@ class Skipped:
     repaired: int = 0
 
 
-def documents(source: ReadOptions, skipped: Skipped) -> Iterator[Document]:
-    """Documents of a source that have something in them; counts the others."""
+def kept_documents(source: ReadOptions, skipped: SkipCounts) -> Iterator[tuple[Document, str]]:
+    """Yield the documents of a source that hold text, and their text; count the others."""
     for document in read_documents(source):
         skipped.repaired += document.repaired
         if document.text is None:
@@ -32,39 +39,45 @@ def documents(source: ReadOptions, skipped: Skipped) -> Iterator[Document]:
         elif not document.text.strip():
             skipped.empty += 1
         else:
-            yield document
+            yield document, document.text
 
 
-def digest(text: str) -> int:
-    """64 bits that stand for a text."""
+def text_hash(text: str) -> int:
+    """Return a 64-bit hash of a text."""
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def validation_digests(options: PrepareOptions) -> frozenset[int] | None:
-    """Digests of the validation documents; None where they are a share of the source, told by each text alone."""
+def validation_hashes(options: PrepareOptions) -> frozenset[int] | None:
+    """Return the hashes of the validation documents; None if they are a share of the training source."""
     if not options.separate_validation:
         return None
-    return frozenset(digest(document.text) for document in documents(options.validation, Skipped()))
+    return frozenset(text_hash(text) for _, text in kept_documents(options.validation, SkipCounts()))
 
 
 def split_documents(
-    options: PrepareOptions, held_out: frozenset[int] | None, skipped: Skipped
+    options: PrepareOptions, held_out: frozenset[int] | None, skipped: SkipCounts
 ) -> Iterator[tuple[Split, Document]]:
-    """Every document with its split, in the order of its source. `held_out`: what `validation_digests` gave."""
+    """Yield every document with its split, in the order of its source.
+
+    Args:
+        held_out: as `validation_hashes` returns it.
+    """
     if held_out is None:
         bound = options.validation_fraction * 2**64
-        for document in documents(options.training, skipped):
-            yield ("validation" if digest(document.text) < bound else "train"), document
+        for document, text in kept_documents(options.training, skipped):
+            yield ("validation" if text_hash(text) < bound else "train"), document
         return
-    for document in documents(options.validation, skipped):
+    for document, _ in kept_documents(options.validation, skipped):
         yield "validation", document
-    for document in documents(options.training, skipped):
-        if digest(document.text) in held_out:
+    for document, text in kept_documents(options.training, skipped):
+        if text_hash(text) in held_out:
             skipped.duplicates += 1
         else:
             yield "train", document
 
 
 def training_texts(options: PrepareOptions, held_out: frozenset[int] | None) -> Iterator[str]:
-    """Training documents alone, uncounted."""
-    return (document.text for split, document in split_documents(options, held_out, Skipped()) if split == "train")
+    """Yield the texts of the training documents, without counting."""
+    for split, document in split_documents(options, held_out, SkipCounts()):
+        if split == "train" and document.text is not None:
+            yield document.text

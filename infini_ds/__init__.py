@@ -1,3 +1,3 @@
 """GPT-Neo language models with Infini-attention, trained with DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,7 +1,7 @@
-"""Into Hugging Face format.
+"""Write a model in Hugging Face format.
 
 python launch/convert.py runs/tiny --out runs/tiny/export            a run's newest checkpoint, or one checkpoint
-python launch/convert.py --from-gpt-neo FOLDER --out infini-neo      a GPT-Neo, with a memory to be trained
+python launch/convert.py --from-gpt-neo FOLDER --out infini-neo      a GPT-Neo, with a memory that is not trained yet
 """
 
 import argparse
@@ -20,36 +20,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="a run or one of its checkpoints")
     parser.add_argument("--from-gpt-neo", metavar="FOLDER", help="folder or hub name of a GPT-Neo model")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--max-shard-size", default="2GB", help="of one safetensors file (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: float32)")
-    parser.add_argument("--segment-length", type=int, help="with --from-gpt-neo (default: 128)")
-    parser.add_argument("--gates", choices=GATES, help="with --from-gpt-neo (default: closed)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--max-shard-size", default="2GB", help="limit of a safetensors file (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the exported weights (default: float32)")
+    parser.add_argument("--segment-length", type=int, help="tokens in a segment, with --from-gpt-neo (default: 128)")
+    parser.add_argument("--gates", choices=GATES, help="initial gates, with --from-gpt-neo (default: closed)")
     parser.add_argument("--push-to-hub", metavar="NAME", help="also upload the folder, as user/model")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub")
+    parser.add_argument("--private", action="store_true", help="make the uploaded model private")
     args = parser.parse_args()
     if (args.source is None) == (args.from_gpt_neo is None):
-        raise UserError("give either a run (or checkpoint), or --from-gpt-neo FOLDER")
+        raise UserError("give either a run (or a checkpoint), or --from-gpt-neo FOLDER")
     if args.from_gpt_neo:
-        refuse(args, "dtype", "without --from-gpt-neo")
+        refuse_option(args, "dtype", "without --from-gpt-neo")
         length = 128 if args.segment_length is None else args.segment_length
         from_gpt_neo(args.from_gpt_neo, args.out, length, args.gates or "closed", args.max_shard_size)
     else:
-        refuse(args, "segment_length", "with --from-gpt-neo")
-        refuse(args, "gates", "with --from-gpt-neo")
-        source = locate(args.source)
-        if source.checkpoint is None:
-            raise UserError(f"{args.source} is already in Hugging Face format")
-        export(source, args.out, args.max_shard_size, getattr(torch, args.dtype or "float32"))
+        refuse_option(args, "segment_length", "with --from-gpt-neo")
+        refuse_option(args, "gates", "with --from-gpt-neo")
+        export(locate(args.source), args.out, args.max_shard_size, getattr(torch, args.dtype or "float32"))
     print(f"written: {args.out}")
     if args.push_to_hub:
         print(f"uploaded: {push_to_hub(args.out, args.push_to_hub, args.private)}")
 
 
-def refuse(args: argparse.Namespace, name: str, where: str) -> None:
+def refuse_option(args: argparse.Namespace, name: str, where: str) -> None:
+    """Raise a UserError if an option is given that has no effect in this mode."""
     value = getattr(args, name)
     if value is not None:
-        raise UserError(f"--{name.replace('_', '-')} {value} has a meaning only {where}")
+        raise UserError(f"--{name.replace('_', '-')} {value} has an effect only {where}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.text import Text
 from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import DistEnv, detect_environment, shutdown
-from infini_ds.distributed.rendezvous_check import meet
+from infini_ds.distributed.rendezvous_check import check_rendezvous
 from infini_ds.planning.doctor import Finding, examine
 from infini_ds.utils.errors import UserError
 
@@ -32,7 +32,7 @@ def show(finding: Finding, console: Console) -> None:
 
 def meet_as_rank(process: DistEnv, seconds: float) -> Finding:
     try:
-        return Finding("ranks", "ok", meet(process, seconds))
+        return Finding("ranks", "ok", check_rendezvous(process, seconds))
     except UserError as error:
         return Finding("ranks", "problem", str(error))
     finally:

@@ -1,4 +1,4 @@
-"""Text from a model, as it comes.
+"""Generate text with a model and print it token by token.
 
 python launch/generate.py runs/tiny --prompt "def main("          an exported folder, a run, or a checkpoint
 python launch/generate.py runs/tiny --file book.txt               a prompt of any length
@@ -8,25 +8,26 @@ echo "import os" | python launch/generate.py runs/tiny
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer
 
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.distributed.entry_point import run_main
-from infini_ds.evaluation.generation import prompt_ids
+from infini_ds.evaluation.generation import prompt_inputs
 from infini_ds.utils.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="an exported folder, a run, or a checkpoint")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--file", type=Path, action="append", default=[], help="a file that is a prompt")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given more than once")
+    parser.add_argument("--file", type=Path, action="append", default=[], help="file whose text is a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 for greedy decoding (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="for nucleus sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--memory-off", action="store_true", help="switch the compressive memory off")
     args = parser.parse_args()
     for name, value, least in (("--max-new-tokens", args.max_new_tokens, 1), ("--temperature", args.temperature, 0)):
@@ -35,28 +36,28 @@ def main() -> None:
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
     prompts = read_prompts(args)
-    source = locate(args.model)
-    tokenizer, model = load_tokenizer(source), load_model(source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    location = locate(args.model)
+    tokenizer = load_tokenizer(location)
+    model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    sampling = {"do_sample": args.temperature > 0}
+    sampling: dict[str, Any] = {"do_sample": args.temperature > 0}
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p}
     for prompt in prompts:
         model.generate(
-            **prompt_ids(tokenizer, model, prompt),
+            **prompt_inputs(tokenizer, model, prompt),
             max_new_tokens=args.max_new_tokens,
             use_memory=not args.memory_off,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # type: ignore[arg-type]
             **sampling,
         )
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """From arguments, files, or standard input.
+    """Return the prompts from arguments and files, or else from standard input.
 
     Raises:
-        UserError: a file that is missing or is no UTF-8 text, or no prompt at all.
+        UserError: a file is missing or not UTF-8 text, or no prompt is given.
     """
     prompts = list(args.prompt)
     for file in args.file:
@@ -67,7 +68,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read().removesuffix("\n")]
     if not any(prompts):
-        raise UserError("there is no prompt: give --prompt TEXT, --file FILE, or text on standard input")
+        raise UserError("no prompt: give --prompt TEXT, --file FILE, or text on standard input")
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""Start a launcher so that signals to stop reach the ranks and not the launcher, which then waits for them.
+"""Start a launcher so that the signals to stop reach its ranks and not itself, and wait for them.
 
 python launch/graceful.py deepspeed --num_gpus 8 launch/pretrain.py --config RECIPE
 python launch/graceful.py torchrun --nproc-per-node 8 launch/pretrain.py --config RECIPE
@@ -18,5 +18,5 @@ if __name__ == "__main__":
     try:
         sys.exit(run_graceful(sys.argv[1:]))
     except FileNotFoundError:
-        print(f"error: there is no command {sys.argv[1]}: is the environment active that has it?", file=sys.stderr)
+        print(f"error: {sys.argv[1]}: no such command: activate the environment that has it", file=sys.stderr)
         sys.exit(2)

@@ -1,42 +1,33 @@
-"""What a run will take, before a GPU is asked for: memory of a rank by part, operations, days, and what fits.
+"""Plan a run before a GPU is asked for: memory of a rank by part, FLOPs, days, and which blocks fit.
 
 python launch/plan.py --config launch/recipes/1.3b.yaml [key=value ...] [--gpu a100-80g] [--gpus 8]
 
-Needs no GPU, and no data if --sequence-length (or plan.sequence_length in the recipe) is given. Exit code 1 if a step
-does not fit.
+Needs no GPU, and no prepared data if --sequence-length (or plan.sequence_length of the recipe) is given. Exits with 1
+if a step does not fit.
 """
 
 import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.manifest import load_manifest
-from infini_ds.config.deepspeed_config import deepspeed_config, default_file
 from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.config.model_config import model_config
-from infini_ds.config.recipe import Recipe, batch_shape, load_recipe
+from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.entry_point import run_main
-from infini_ds.distributed.environment import detect_environment
-from infini_ds.planning.hardware import memory_free, peak_flops, training_flops_per_token
-from infini_ds.planning.memory_estimate import HEADROOM, Workload, ZeroSharding, parameters
-from infini_ds.planning.plan import CARDS, Device, Plan, card
-from infini_ds.utils.errors import UserError
-
-GIB = 2**30
+from infini_ds.planning.hardware import GPUS
+from infini_ds.planning.memory_estimate import HEADROOM
+from infini_ds.planning.plan import GIB, Plan, make_plan
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a recipe, such as launch/recipes/1.3b.yaml")
-    parser.add_argument("--gpu", help=f"{', '.join(CARDS)} (default: plan.gpu of the recipe, or this machine)")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, for one that has no name here")
-    parser.add_argument("--gpus", type=int, help="ranks (default: plan.gpus of the recipe)")
-    parser.add_argument("--mfu", type=float, help="share of the peak that training will reach (default: plan.mfu)")
-    parser.add_argument("--sequence-length", type=int, help="of rows, where the data is not there yet")
+    parser.add_argument("--gpu", help=f"{', '.join(GPUS)} (default: plan.gpu of the recipe, or this machine)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU that is not in this list")
+    parser.add_argument("--gpus", type=int, help="number of ranks (default: plan.gpus of the recipe)")
+    parser.add_argument("--mfu", type=float, help="share of peak FLOPS that training reaches (default: plan.mfu)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a row, if the data is not prepared yet")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     given = {name: getattr(args, name) for name in ("gpu", "memory", "gpus", "mfu", "sequence_length")}
@@ -44,97 +35,80 @@ def main() -> None:
     if args.gpu and args.memory is None:
         flags.append("plan.memory=null")
     plan = make_plan(load_recipe(args.config, [*args.overrides, *flags]))
-    show(plan)
+    console = Console(highlight=False)
+    console.print(summary_table(plan))
+    console.print(memory_table(plan))
+    if plan.estimate.host:
+        console.print(f"and {plan.estimate.host / GIB:.1f} GiB of the host's memory for each rank of a node")
+    console.print(fitting_table(plan))
+    console.print(verdict(plan), soft_wrap=True)
     sys.exit(0 if plan.fits else 1)
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """
-    Raises:
-        UserError: the recipe's batch, model, card or DeepSpeed's JSON are not possible, or the data is not there and
-            nothing says how long rows will be.
-    """
-    choice = recipe.plan
-    path = recipe.data.streams[0].path if recipe.data.streams else recipe.data.path
-    here = Path(path, "manifest.json").is_file()
-    if choice.sequence_length is None and not here:
-        raise UserError(
-            f"data.path={path} holds no prepared data yet: say how long its rows will be with --sequence-length"
-        )
-    manifest = load_manifest(path) if here else None
-    tokens = choice.sequence_length or manifest.sequence_length
-    named = choice.gpu is not None or choice.memory is not None
-    process = detect_environment()
-    if named:
-        kind, precision = "cuda", "bf16" if recipe.precision == "auto" else recipe.precision
-    else:
-        from infini_ds.training.setup import choose_precision  # brings streaming along
-
-        kind, precision = process.device.type, choose_precision(recipe.precision, process.device)
-    if choice.memory is not None:
-        name = f"{choice.gpu or 'GPU'} of {choice.memory:g} GiB"
-        flops = card(choice.gpu, precision).flops if choice.gpu else None
-        device = Device(name, int(choice.memory * GIB), flops)
-    elif choice.gpu is not None:
-        device = card(choice.gpu, precision)
-    else:
-        process = replace(process, local_world_size=choice.gpus)
-        device = Device(f"this machine ({kind})", memory_free(process), peak_flops(process.device, precision))
-    shape = batch_shape(recipe.batch, tokens, choice.gpus)
-    file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    sharding = ZeroSharding.from_json(deepspeed_config(file, recipe, shape, precision), choice.gpus)
-    config = model_config(recipe, manifest)
-    return Plan(recipe, config, shape, device, Workload.of(recipe, config, shape, tokens, precision), sharding)
-
-
-def show(plan: Plan) -> None:
-    recipe, work, shape = plan.recipe, plan.work, plan.shape
-    console = Console(highlight=False)
-    count, flops, days = parameters(plan.config), training_flops_per_token(plan.config), plan.days(recipe.plan.mfu)
-    facts = Table(title=f"{recipe.name} on {shape.world_size} x {plan.device.name}", show_header=False, title_style="b")
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
-    facts.add_row("parameters", f"{count:,}")
-    facts.add_row("tokens", f"{plan.tokens:,} in {recipe.steps:,} steps, {plan.tokens / count:.1f} a parameter")
-    facts.add_row(
-        "a step", f"{shape.world_size} ranks x {shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
+def summary_table(plan: Plan) -> Table:
+    """The model, the tokens, a step, a block, FLOPs and days."""
+    run, work, shape = plan.run, plan.work, plan.run.batch_shape
+    table = Table(
+        title=f"{run.recipe.name} on {run.dims.world_size} x {plan.device.name}", show_header=False, title_style="b"
     )
-    kept = "recomputed block by block" if work.checkpointing else "all kept"
-    facts.add_row("a block", f"{work.G} of {work.segments} segments of {work.segment}, {kept}, {work.precision}")
-    facts.add_row("operations a token", f"{flops:.3g}")
-    took = "not known: no peak for this device and precision" if days is None else f"{days:,.2f} without validation"
-    facts.add_row(f"days at {recipe.plan.mfu:.0%} MFU", took)
-    facts.add_row("gates", f"can move by {gate_reach(recipe):.1f} at most, from {plan.config.gate_init:g}")
-    console.print(facts)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("parameters", f"{plan.parameters:,}")
+    per_parameter = plan.tokens / plan.parameters
+    table.add_row("tokens", f"{plan.tokens:,} in {run.recipe.steps:,} steps, {per_parameter:.1f} per parameter")
+    micro_batches = f"{shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
+    table.add_row("a step", f"{run.dims.world_size} ranks x {micro_batches}")
+    kept = "recomputed block by block" if work.checkpointing else "all activations kept"
+    segments = f"{work.block_segments} of {work.segments} segments of {work.segment_length}"
+    table.add_row("a block", f"{segments}, {kept}, {work.precision}")
+    table.add_row("FLOPs per token", f"{plan.flops_per_token:.3g}")
+    days = plan.days
+    took = "unknown: no peak FLOPS for this device and precision" if days is None else f"{days:,.2f} without validation"
+    table.add_row(f"days at {run.recipe.plan.mfu:.0%} MFU", took)
+    gate_init = run.model_config.gate_init
+    table.add_row("gates", f"can move by {gate_reach(run.recipe):.1f} at most, from {gate_init:g}")
+    return table
 
-    memory = Table("GiB of a rank", title="Memory", title_style="b", show_footer=True)
-    found = plan.estimate
-    columns = {"computing": found.computing, "reducing gradients": found.reducing, "optimizer's step": found.step}
-    for name, parts in columns.items():
-        memory.add_column(name, footer=f"{sum(parts.values()) / GIB:.2f}", justify="right")
-    memory.columns[0].footer = "together"
-    for part in dict.fromkeys(part for parts in columns.values() for part in parts):
-        cells = (f"{parts[part] / GIB:.2f}" if part in parts else "" for parts in columns.values())
-        memory.add_row(part, *cells)
-    console.print(memory)
-    if found.host:
-        console.print(f"and {found.host / GIB:.1f} GiB of the host's memory for each rank of a node")
 
-    fitting = Table("micro_rows", "segments_per_block", "GiB", title="What fits", title_style="b")
-    for column in fitting.columns:
+def memory_table(plan: Plan) -> Table:
+    """GiB of a rank by part, at the three moments that may be the peak."""
+    estimate = plan.estimate
+    moments = {
+        "computing": estimate.computing,
+        "reducing gradients": estimate.reducing,
+        "optimizer's step": estimate.step,
+    }
+    table = Table("GiB of a rank", title="Memory", title_style="b", show_footer=True)
+    for name, parts in moments.items():
+        table.add_column(name, footer=f"{sum(parts.values()) / GIB:.2f}", justify="right")
+    table.columns[0].footer = "total"
+    for part in dict.fromkeys(part for parts in moments.values() for part in parts):
+        table.add_row(part, *(f"{parts[part] / GIB:.2f}" if part in parts else "" for parts in moments.values()))
+    return table
+
+
+def fitting_table(plan: Plan) -> Table:
+    """The largest block that fits for each micro-batch."""
+    table = Table("micro_rows", "segments_per_block", "GiB", title="What fits", title_style="b")
+    for column in table.columns:
         column.justify = "right"
-    for rows, block, peak in plan.choices():
-        fitting.add_row(f"{rows}", f"{block}" if block else "none", f"{peak / GIB:.1f}" if peak else "")
-    console.print(fitting)
+    for block in plan.fitting_blocks():
+        peak = "" if block.peak is None else f"{block.peak / GIB:.1f}"
+        table.add_row(str(block.rows), "none" if block.segments is None else str(block.segments), peak)
+    return table
 
-    needed = f"A step takes {found.peak / GIB:.1f} GiB of the {plan.room / GIB:.1f} that a rank may take"
-    spare = f"({HEADROOM:.0%} of {plan.device.memory / GIB:.1f} are left free)"
+
+def verdict(plan: Plan) -> str:
+    """Whether a step fits, and if not, what to change."""
+    needed = (
+        f"A step takes {plan.estimate.peak / GIB:.1f} GiB of the {plan.memory_limit / GIB:.1f} that a rank may take"
+    )
+    headroom = f"(headroom: {HEADROOM:.0%} of {plan.device.memory / GIB:.1f})"
     if plan.fits:
-        console.print(f"{needed} {spare}: it fits.", soft_wrap=True)
-        return
+        return f"{needed} {headroom}: it fits."
     remedy = plan.remedy()
-    advice = f"try {remedy}" if remedy else "take a smaller model.preset, shorter rows, or a card with more memory"
-    console.print(f"{needed} {spare}: it does not fit; {advice}.", soft_wrap=True)
+    advice = f"try {remedy}" if remedy else "use a smaller model.preset, shorter rows, or a GPU with more memory"
+    return f"{needed} {headroom}: it does not fit; {advice}."
 
 
 if __name__ == "__main__":

@@ -2,24 +2,27 @@
 
 deepspeed launch/pretrain.py --config launch/recipes/tiny-cpu.yaml [key=value ...]
 
-Also under `torchrun`, `srun`, or by `python` as one process. SIGTERM, SIGUSR1 and Ctrl-C stop it behind the step it is
-at, saved, with exit code 75: the same command goes on.
+Also under `torchrun`, `srun`, or with `python` as one process. SIGTERM, SIGUSR1 and Ctrl-C stop it after the current
+step, with a checkpoint and exit code 75: resume with the same command.
 """
 
 import argparse
 import sys
+from contextlib import nullcontext
 
 from infini_ds.distributed.signals import STOPPED_EARLY, GracefulShutdown
 
-stop = GracefulShutdown()
+shutdown = GracefulShutdown()
 if __name__ == "__main__":
-    stop.listen()  # before the imports that take seconds
+    shutdown.listen()  # before the imports that take seconds
 
 from infini_ds.config.recipe import load_recipe
+from infini_ds.config.resolve import resolve
 from infini_ds.distributed.entry_point import run_main
-from infini_ds.distributed.environment import detect_environment, set_cpu_threads, shutdown
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
+from infini_ds.distributed.environment import detect_environment, set_cpu_threads
+from infini_ds.distributed.process_group import connect
+from infini_ds.utils.logging import log_to_file
+from infini_ds.utils.run_lock import acquire_run_lock
 
 
 def main() -> None:
@@ -28,14 +31,17 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
-    process = detect_environment()
+    environment = detect_environment()
     recipe = load_recipe(args.config, args.overrides)
-    set_cpu_threads(process)
-    training = set_up(recipe, process)
-    finished = train(training, stop) if training else True
-    if not training and process.is_first:
-        print(f"{recipe.folder} has made all of its {recipe.steps} steps: nothing to do; steps= above that goes on")
-    shutdown()
+    set_cpu_threads(environment)
+    run = resolve(recipe, environment)
+
+    from infini_ds.training.setup import build_trainer  # imports DeepSpeed, which takes seconds
+
+    lock = acquire_run_lock(recipe.folder) if environment.is_rank_zero else nullcontext()
+    with lock, connect(environment, recipe.timeout_minutes), log_to_file(recipe.folder / "train.log"):
+        trainer = build_trainer(run, shutdown)
+        finished = trainer is None or trainer.fit()
     if not finished:
         sys.exit(STOPPED_EARLY)
 

@@ -1,16 +1,15 @@
-"""What `make pretrain` runs: text to shards, training, export, report; what is finished is left as it is.
+"""Run what `make pretrain` runs: text to shards, training, export, report. Finished steps are skipped.
 
 python launch/quickstart.py [--config RECIPE] [key=value ...]
 """
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
 
 import torch
 
@@ -20,53 +19,57 @@ from infini_ds.distributed.environment import free_port
 from infini_ds.distributed.signal_relay import run_graceful
 from infini_ds.distributed.signals import STOPPED_EARLY
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = "data/stdlib"
 SOURCE = ["--source", "stdlib", "--sequence-length", "2048", "--vocab-size", "4096"]
 
 
-def run(title: str, *command: str, held: bool = False) -> None:
-    """Run one step as a command of its own; a step that fails has said why. `held`: see `run_graceful`."""
-    print(f"\n=== {title}\n$ {' '.join(command)}", flush=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a recipe (default: tiny-gpu on a machine with a GPU, else tiny-cpu)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    args = parser.parse_intermixed_args()
+    os.chdir(ROOT)
+    gpus = torch.cuda.device_count()
+    config = args.config or f"launch/recipes/tiny-{'gpu' if gpus else 'cpu'}.yaml"
+    recipe = load_recipe(config, args.overrides)
+
+    if recipe.data.path == DATA:  # other data is prepared by the user, with options of their own
+        run_step("text to shards", ["-m", "data_prep", *SOURCE, "--out", DATA])
+    # Not by the `deepspeed` command, whose first line breaks if the environment's path has a space. Its own log is
+    # hidden, since the ranks print what is wrong.
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus or 1), "--master_port", free_port()]
+    training = ["launch/pretrain.py", "--config", config, *args.overrides]
+    run_step("training", [*launcher, "--log_level", "critical", *training], graceful=True)
+    export = ["launch/convert.py", str(recipe.folder), "--out", str(recipe.folder / "export")]
+    run_step("export to Hugging Face format", export)
+    run_step("report", ["launch/report.py", str(recipe.folder)])
+
+
+def run_step(title: str, arguments: list[str], graceful: bool = False) -> None:
+    """Run Python with `arguments`. If it fails, exit with its code; it has printed why.
+
+    Args:
+        graceful: relay signals to the ranks that it launches, so that they save.
+    """
+    command = [sys.executable, *arguments]
+    print(f"\n=== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # for ninja, which compiles DeepSpeed's kernels
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",  # else DeepSpeed warns that it found no GPU
     }
-    code = (
-        run_graceful(command, environment) if held else subprocess.run(command, env=environment, check=False).returncode
-    )
-    if code == STOPPED_EARLY:
-        sys.exit(code)  # it has said so
+    code = run_graceful(command, environment) if graceful else subprocess.run(command, env=environment).returncode
+    if code == STOPPED_EARLY:  # the run has printed how to resume
+        sys.exit(code)
     if code:
         print(
-            f"error: this step ended with exit code {code}; mend what it says and run the same command again",
+            f"error: this step ended with exit code {code}: fix what it reports above, and run the same command again",
             file=sys.stderr,
         )
         sys.exit(code)
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a recipe (default: by the hardware, tiny-gpu or tiny-cpu)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
-    args = parser.parse_intermixed_args()
-    gpus = torch.cuda.device_count()
-    config = args.config or f"launch/recipes/tiny-{'gpu' if gpus else 'cpu'}.yaml"
-    recipe = load_recipe(config, args.overrides)
-
-    python = sys.executable
-    if recipe.data.path == DATA:  # text of one's own is prepared with options of one's own
-        run("text to shards", python, "-m", "data_prep", *SOURCE, "--out", DATA)
-    ranks = ["--num_gpus", str(gpus or 1), "--master_port", free_port()]
-    ranks += ["--log_level", "critical"]  # ranks say themselves what is wrong
-    run("training", "deepspeed", *ranks, "launch/pretrain.py", "--config", config, *args.overrides, held=True)
-    export = recipe.folder / "export"
-    run("export to Hugging Face format", python, "launch/convert.py", str(recipe.folder), "--out", str(export))
-    run("report", python, "launch/report.py", str(recipe.folder))
-
-
 if __name__ == "__main__":
-    os.chdir(ROOT)
     run_main(main)

@@ -1,15 +1,19 @@
-"""The report of a run: python launch/report.py runs/tiny
+"""Write the report of a run: python launch/report.py runs/tiny
 
-Evaluates the run's newest checkpoint with the memory and without, writes report.md and its plots, and prints it.
+Evaluates the run's newest checkpoint with the memory on and off, writes report.md with its plots to the run's folder,
+and prints it.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads
-from infini_ds.evaluation import report
+from infini_ds.evaluation.report import RunReport, evaluate_run, print_report, write_report
 from infini_ds.utils.errors import UserError
+
+PROMPT_WORDS = 4  # of the report's prompt, in the command that generates text
 
 
 def main() -> None:
@@ -21,8 +25,20 @@ def main() -> None:
         raise UserError(f"--rows {args.rows} must be at least 1, or 0 for all")
     set_cpu_threads(detect_environment())
     export = args.run / "export"
-    measured = report.measure(args.run, export if export.is_dir() else args.run, args.rows or None)
-    report.show(measured, report.write(measured))
+    report = evaluate_run(args.run, export if export.is_dir() else args.run, args.rows or None)
+    commands = next_commands(report)
+    print_report(report, write_report(report, commands), commands)
+
+
+def next_commands(report: RunReport) -> list[str]:
+    """Return commands that use the run: generate text, look at its metrics, train it for longer."""
+    model, run, runs = (shlex.quote(str(path)) for path in (report.model, report.run, report.run.parent))
+    prompt = shlex.quote(" ".join(report.prompt.split()[:PROMPT_WORDS]))
+    return [
+        f"python launch/generate.py {model} --prompt {prompt}",
+        f"tensorboard --logdir {runs}",
+        f"deepspeed launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""A grid of runs, their evaluation, and one report: python launch/study.py launch/studies/small.yaml [key=value ...]
+"""Train a grid of runs, evaluate them, and write one report.
 
-Makes what is not there yet: data, runs (several at once), evaluations, and studies/NAME/report.html. Told to stop
-(Ctrl-C, SIGTERM, SIGUSR1) it saves and ends with exit code 75: the same command goes on. Others:
-    --list      the runs, and what is done
-    --prepare   the data alone
-    --run RUN   one run, by its name or number: what a job of a cluster calls
-    --slurm     writes a script that submits the runs as array jobs, one stage behind the other, and the report
-    --report    of what is there
+python launch/study.py launch/studies/small.yaml [key=value ...]
+
+Executes what is not done yet: data, runs (several at once), evaluations, and studies/NAME/report.html with results.csv.
+Ctrl-C, SIGTERM and SIGUSR1 stop it with exit code 75, after training has saved: resume with the same command. Options:
+    --list      list the runs, and which are done
+    --prepare   prepare the data only
+    --run RUN   execute one run, by its name or number, as a cluster job does
+    --slurm     write a script that submits the runs as array jobs, one stage after the other, and the report
+    --report    write the report of the runs that are finished
 """
 
 import argparse
-import difflib
 import os
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
 
 import torch
 from rich.console import Console
@@ -23,89 +22,109 @@ from rich.table import Table
 
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.signals import STOPPED_EARLY
-from infini_ds.study.commands import check_definition, is_done
-from infini_ds.study.grid import Run, Study, expand, load_study
-from infini_ds.study.local_runner import Children, Failure, Stopped, make_all, make_run, prepare
-from infini_ds.study.report import write_report
-from infini_ds.study.slurm import write_script
-from infini_ds.utils.errors import UserError
+from infini_ds.study.commands import Scripts, StudyCommands
+from infini_ds.study.grid import Run, expand
+from infini_ds.study.local_runner import (
+    ChildProcesses,
+    RunFailure,
+    StudyStopped,
+    execute_run,
+    execute_runs,
+    prepare_data,
+)
+from infini_ds.study.report import report_study
+from infini_ds.study.run_folder import check_definition
+from infini_ds.study.slurm import write_submission_script
+from infini_ds.study.study_config import load_study
+from infini_ds.utils.errors import UserError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = Path("launch")
+SCRIPTS = Scripts(LAUNCH / "pretrain.py", LAUNCH / "convert.py", LAUNCH / "evaluate.py")
+SLURM_JOB = LAUNCH / "slurm" / "study.sbatch"
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="a grid, such as launch/studies/small.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the grid")
+    parser.add_argument("study", help="a study file, such as launch/studies/small.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the study file")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--list", action="store_true", help="show the runs")
-    only.add_argument("--prepare", action="store_true", help="make the data alone")
-    only.add_argument("--run", metavar="RUN", help="make one run, by its name or number")
-    only.add_argument("--slurm", action="store_true", help="write the script that submits all to Slurm")
-    only.add_argument("--report", action="store_true", help="write the report of what is there")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one a GPU, or one a core)")
+    only.add_argument("--list", action="store_true", help="list the runs")
+    only.add_argument("--prepare", action="store_true", help="prepare the data only")
+    only.add_argument("--run", metavar="RUN", help="execute one run, by its name or number")
+    only.add_argument("--slurm", action="store_true", help="write a script that submits all runs to Slurm")
+    only.add_argument("--report", action="store_true", help="write the report of the runs that are finished")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: one per GPU, or one per CPU core)")
     args = parser.parse_intermixed_args()
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
-    study = load_study(args.study, args.overrides)
-    runs = expand(study)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    study = load_study(args.study, args.overrides, LAUNCH / "studies")
+    runs, commands = expand(study), StudyCommands(study, SCRIPTS)
     for run in runs:
         check_definition(run)
     if args.list:
-        return show(study, runs)
-    if args.report:
-        return report(study, runs, [])
-    if args.slurm:
-        script = write_script(study, runs, [args.study, *args.overrides])
-        return print(f"written: {script}\nsubmit it with: bash {script}")
-    children = Children()
-    children.listen()
+        list_runs(commands, runs)
+    elif args.report:
+        write_report(commands, runs, [])
+    elif args.slurm:
+        script = write_submission_script(commands, runs, SLURM_JOB, [args.study, *args.overrides])
+        print(f"written: {script}\nsubmit it with: bash {script}")
+    else:
+        execute(args, commands, runs)
+
+
+def execute(args: argparse.Namespace, commands: StudyCommands, runs: list[Run]) -> None:
+    """Execute what the options ask for, and exit with 75 if stopped, 1 if a run failed, 0 otherwise."""
+    children = ChildProcesses()
+    children.install_signal_handlers()
+    failures: list[RunFailure] = []
     try:
-        failures = make(args, study, runs, children)
-    except Stopped:
-        print("stopped: the same command goes on from there", file=sys.stderr)
+        if args.run:
+            failure = execute_run(commands, find_run(runs, args.run), children, {}, show_output=True)
+            failures = [failure] if failure else []
+        else:
+            prepare_data(commands, runs, children)
+            if not args.prepare:
+                gpus = torch.cuda.device_count()
+                jobs = args.jobs or min(len(runs), gpus or len(os.sched_getaffinity(0)))
+                failures = execute_runs(commands, runs, children, jobs, gpus)
+    except StudyStopped:
+        print("stopped: resume with the same command", file=sys.stderr)
         sys.exit(STOPPED_EARLY)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if not args.run and not args.prepare:
-        report(study, runs, failures)
+        write_report(commands, runs, failures)
     sys.exit(1 if failures else 0)
 
 
-def make(args: argparse.Namespace, study: Study, runs: list[Run], children: Children) -> list[Failure]:
-    if args.run:
-        failure = make_run(study, find(runs, args.run), children, {}, shown=True)
-        return [failure] if failure else []
-    prepare(study, runs, children)
-    if args.prepare:
-        return []
-    jobs, gpus = places(args.jobs, len(runs))
-    return make_all(study, runs, children, jobs, gpus)
-
-
-def places(jobs: int | None, runs: int) -> tuple[int, int]:
-    """How many runs at once, and the GPUs that they share."""
-    gpus = torch.cuda.device_count()
-    return jobs or min(runs, gpus or len(os.sched_getaffinity(0))), gpus
-
-
-def find(runs: list[Run], asked: str) -> Run:
+def find_run(runs: list[Run], wanted: str) -> Run:
     for run in runs:
-        if asked in (run.name, str(run.number)):
+        if wanted in (run.name, str(run.number)):
             return run
-    near = difflib.get_close_matches(asked, [run.name for run in runs], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"give a number from 1 to {len(runs)}, or a name that --list shows"
-    raise UserError(f"--run {asked}: there is no such run; {hint}")
+    hint = did_you_mean(wanted, [run.name for run in runs], cutoff=0.4)
+    if not hint.startswith(": did"):
+        hint = f": give a number from 1 to {len(runs)}, or a name that --list shows"
+    raise UserError(f"--run {wanted} is not a run of this study{hint}")
 
 
-def show(study: Study, runs: list[Run]) -> None:
-    table = Table("", "run", "starts from", "steps", "", title=f"{study.folder}: {len(runs)} runs", title_style="b")
+def list_runs(commands: StudyCommands, runs: list[Run]) -> None:
+    title = f"{commands.study.folder}: {len(runs)} runs"
+    table = Table("", "run", "starts from", "steps", "state", title=title, title_style="b")
     for run in runs:
-        state = "done" if is_done(study, run) else "begun" if run.folder.is_dir() else ""
+        state = "done" if commands.is_done(run) else "begun" if run.folder.is_dir() else ""
         table.add_row(str(run.number), run.name, run.start.name if run.start else "", f"{run.recipe.steps:,}", state)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def report(study: Study, runs: list[Run], failures: list[Failure]) -> None:
-    print(f"report: {write_report(study, runs, failures)}")
+def write_report(commands: StudyCommands, runs: list[Run], failures: list[RunFailure]) -> None:
+    page = report_study(commands, runs, {failure.run: failure.explanation for failure in failures})
+    print(f"report: {page}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The architecture: each floor imports only from floors below it, and each library has its door."""
+"""The architecture: imports go down the rooms, each library is imported in one place, facts stay in their rooms."""
 
 import ast
+import re
 
 import pytest
 from harness import ROOT
@@ -84,3 +85,26 @@ def test_a_floor_above_would_be_seen():
     """The check itself: a name of a higher floor has a smaller number."""
     assert floor("infini_ds.training.trainer") < floor("data_prep.packing") < floor("infini_ds.model.memory")
     assert floor("launch/pretrain") == 0 and floor("torch.nn") is None
+
+
+BELOW_LAUNCH = [p for p in FILES if floor(str(p.relative_to(ROOT)))]
+
+
+@pytest.mark.parametrize("path", BELOW_LAUNCH, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_script_of_launch_is_named_below_it(path):
+    scripts = "|".join(script.name for script in (ROOT / "launch").glob("*.py"))
+    named = re.findall(rf"launch/(?:{scripts})", path.read_text())
+    assert not named, f"{path.relative_to(ROOT)} names {named}: the rooms below launch/ do not know its scripts"
+
+
+BELOW_CONFIG = [p for p in FILES if (floor(str(p.relative_to(ROOT))) or 0) > FLOORS.index("infini_ds/config")]
+
+
+@pytest.mark.parametrize("path", BELOW_CONFIG, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_key_of_a_recipe_is_named_below_config(path):
+    from infini_ds.config.keys import list_keys
+    from infini_ds.config.recipe import Recipe
+
+    keys = "|".join(re.escape(key.name) for key in list_keys(Recipe) if "." in key.name)
+    named = re.findall(rf"(?<![\w.])(?:{keys})=", path.read_text())
+    assert not named, f"{path.relative_to(ROOT)} names {named}: the caller adds the name of an option"

@@ -1,1 +1,1 @@
-"""Speed and memory side by side: each figure is measured in a process of its own, contenders in turn."""
+"""Speed and memory of models side by side. Each measurement runs in a new process; contenders take turns."""

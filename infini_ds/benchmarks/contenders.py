@@ -1,10 +1,8 @@
-"""The models that are measured against each other: of one width, depth and vocabulary, each as its authors use it.
-
-A contender makes a function that computes forward and backward pass of (1, T) token ids.
-"""
+"""The contenders of a benchmark: models of one shape, each set up as its authors use it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -14,23 +12,27 @@ from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCa
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding, largest_block
 from infini_ds.utils.errors import UserError
 
-OTHERS = ("gpt-neo", "infini-transformer-pytorch")
+BASELINES = ("gpt-neo", "infini-transformer-pytorch")
+DELTA_RULES = ("delta", "delta_paper")  # of this project, that the package's delta rule is compared with
+
+LossFunction = Callable[[Any, Tensor], Tensor]  # (model, ids (1, T)) -> loss
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What all contenders share; `segment_length` and `rule` are those of the memory."""
+class ModelShape:
+    """What all contenders have in common. `segment_length` and `memory_rule` concern those with a memory."""
 
     width: int
     layers: int
     heads: int
     vocabulary: int
     segment_length: int
-    rule: str = "linear"
+    memory_rule: str = "linear"
     precision: str = "fp32"
     compiled: bool = False
 
     def config(self) -> InfiniGPTNeoConfig:
+        """Return the configuration of the Infini-GPT-Neo. Raises ValueError if a value is invalid."""
         return InfiniGPTNeoConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -38,7 +40,7 @@ class Shape:
             num_heads=self.heads,
             attention_types=[[["global"], self.layers]],
             segment_length=self.segment_length,
-            memory_rule=self.rule,
+            memory_rule=self.memory_rule,
             max_position_embeddings=max(2048, self.segment_length),
             resid_dropout=0.0,
             embed_dropout=0.0,
@@ -46,31 +48,54 @@ class Shape:
         )
 
 
-def check_name(name: str) -> None:
-    """Raise a UserError unless `name` is one of the contenders."""
-    kind, _, block = name.partition(":")
-    if name in OTHERS or (kind == "infini" and (block in ("auto", "all") or (block.isdigit() and int(block)))):
+def is_infini(contender: str) -> bool:
+    return contender.startswith("infini:")
+
+
+def check_contender(name: str) -> None:
+    """Raise a UserError unless `name` is a contender."""
+    _, _, block = name.partition(":")
+    if name in BASELINES or (is_infini(name) and (block in ("auto", "all") or (block.isdigit() and int(block)))):
         return
-    raise UserError(f"--contenders {name}: there are infini:G, infini:auto, infini:all, {', '.join(OTHERS)}")
+    raise UserError(
+        f"--contenders {name} is not a contender: use infini:G with G segments in a block, infini:auto, infini:all, "
+        f"{' or '.join(BASELINES)}"
+    )
 
 
-def build(name: str, shape: Shape, tokens: int, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], None]]:
-    """The model, and a function that takes ids (1, `tokens`) through forward and backward pass."""
+def build_contender(
+    name: str, shape: ModelShape, tokens: int, device: torch.device
+) -> tuple[nn.Module, Callable[[Tensor], None]]:
+    """Build a contender with random weights.
+
+    Returns:
+        the model, and a function that runs its forward and backward pass on ids of shape (1, `tokens`).
+    """
     torch.manual_seed(0)
-    kind, _, block = name.partition(":")
-    make = {"infini": _infini, "gpt-neo": _gpt_neo, "infini-transformer-pytorch": _infini_transformer}[kind]
-    model, loss = make(shape, tokens, block, device) if kind == "infini" else make(shape, tokens)
+    model: nn.Module
+    loss: LossFunction
+    if is_infini(name):
+        model, loss = _build_infini(shape, tokens, name.partition(":")[2], device)
+    elif name == "gpt-neo":
+        model, loss = _build_gpt_neo(shape, tokens)
+    else:
+        model, loss = _build_infini_transformer(shape)
     model = model.to(device, torch.bfloat16 if shape.precision == "bf16" else torch.float32).train()
     return model, lambda ids: loss(model, ids).backward()
 
 
-def _infini(shape: Shape, tokens: int, block: str, device: torch.device):
-    """G segments a block: recomputed in the backward pass, but for "all", where all activations are kept."""
+def _build_infini(
+    shape: ModelShape, tokens: int, block: str, device: torch.device
+) -> tuple[InfiniGPTNeoForCausalLM, LossFunction]:
+    """Build this project's model with `block` segments in a block: a number, "auto", or "all".
+
+    Blocks are recomputed in the backward pass; "all" keeps all activations instead.
+    """
     config, segments = shape.config(), None
     if block == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        work = Workload(config, 1, tokens, shape.precision, packed=False, checkpointing=True)
-        segments = largest_block(work, ZeroSharding(ranks=1), free)
+        workload = Workload(config, 1, tokens, shape.precision, packed=False, checkpointing=True)
+        segments = largest_block(workload, ZeroSharding(ranks=1), free)
     elif block != "all":
         segments = int(block)
     model = InfiniGPTNeoForCausalLM(config)
@@ -82,8 +107,8 @@ def _infini(shape: Shape, tokens: int, block: str, device: torch.device):
     return model, lambda model, ids: model(input_ids=ids, labels=ids).loss
 
 
-def _gpt_neo(shape: Shape, tokens: int):
-    """transformers' GPT-Neo, whose attention is its eager one: transformers has no SDPA for it."""
+def _build_gpt_neo(shape: ModelShape, tokens: int) -> tuple[nn.Module, LossFunction]:
+    """Build transformers' GPT-Neo with its eager attention, since transformers has no SDPA for it."""
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     fields = shape.config().to_dict()
@@ -92,8 +117,8 @@ def _gpt_neo(shape: Shape, tokens: int):
     return GPTNeoForCausalLM(config), lambda model, ids: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def _infini_transformer(shape: Shape, tokens: int):
-    """The PyPI package, its memories never detached, so that its gradients are exact too."""
+def _build_infini_transformer(shape: ModelShape) -> tuple[nn.Module, LossFunction]:
+    """Build the PyPI package's model. Its memories are never detached, so its gradients are exact as well."""
     try:
         from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
     except ImportError as error:
@@ -101,13 +126,18 @@ def _infini_transformer(shape: Shape, tokens: int):
             "--contenders infini-transformer-pytorch: the package is not installed; pip install "
             "infini-transformer-pytorch, or leave it out"
         ) from error
+    if shape.memory_rule not in ("linear", *DELTA_RULES):
+        raise UserError(
+            f"--rule {shape.memory_rule}: infini-transformer-pytorch has the linear and the delta rule only; leave it "
+            "out of --contenders"
+        )
     model = InfiniTransformer(
         num_tokens=shape.vocabulary,
         dim=shape.width,
         depth=shape.layers,
         heads=shape.heads,
         dim_head=shape.width // shape.heads,
-        use_mem_delta_rule=shape.rule in ("delta", "delta_paper"),
+        use_mem_delta_rule=shape.memory_rule in DELTA_RULES,
     )
     wrapper = InfiniTransformerWrapper(model, segment_length=shape.segment_length, detach_mems_every_num_segments=10**9)
     return wrapper, lambda model, ids: model(ids)

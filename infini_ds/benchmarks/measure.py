@@ -1,86 +1,81 @@
-"""Rounds of figures, contenders in turn, and what they come to."""
+"""Run a benchmark: several rounds, contenders in turn, each measurement in a new process."""
 
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
-from infini_ds.benchmarks.contenders import Shape
+from infini_ds.benchmarks.contenders import ModelShape
+from infini_ds.benchmarks.results import GenerationSpeed, Measurement, Operator, OutOfMemory, Profile, TrainingSpeed
 from infini_ds.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+USER_ERROR = 2  # the worker's exit code for a UserError
+KILLED = -9  # return code of a process that the system killed, as it does when memory runs out
+
+AnyResult = TrainingSpeed | GenerationSpeed | Profile
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured: every contender at every length, `rounds` times, each time in a new process."""
+class BenchmarkPlan:
+    """What to measure: every contender at every length, `rounds` times.
 
-    kind: str  # "training", "profile" or "generation"
+    kind: "training", "profile" or "generation". lengths: tokens in a row. steps: of one measurement.
+    """
+
+    kind: str
     contenders: tuple[str, ...]
     lengths: tuple[int, ...]
-    shape: Shape
+    shape: ModelShape
     steps: int
     rounds: int
 
     def cases(self) -> list[tuple[int, str]]:
-        """One round, in order: the contenders of one length follow each other, under one load."""
+        """Return (tokens, contender) of one round. Contenders of one length follow each other, under the same load."""
         return [(tokens, contender) for tokens in self.lengths for contender in self.contenders]
 
 
-def run(plan: Plan) -> Iterator[dict]:
-    """Measure, yielding each figure as it is there: {"round", "tokens", "contender", …}, see `worker`.
-
-    A case that failed for lack of memory is not tried again.
+def run_benchmark(plan: BenchmarkPlan) -> Iterator[Measurement[Any]]:
+    """Yield each measurement once it is done. A case that runs out of memory is not tried again.
 
     Raises:
-        UserError: a figure's process failed otherwise; its last line says why.
+        UserError: a contender cannot be built, such as one whose package is not installed.
+        RuntimeError: a worker process failed; the message has its output.
     """
-    failed = {}
+    out_of_memory = set()
     for number in range(plan.rounds):
         for tokens, contender in plan.cases():
-            case = {"round": number, "tokens": tokens, "contender": contender}
-            if (tokens, contender) not in failed:
-                figure = _measure(plan, tokens, contender)
-                if "failed" in figure:
-                    failed[tokens, contender] = figure
-                yield case | figure
+            if (tokens, contender) in out_of_memory:
+                continue
+            result = _run_worker(plan, tokens, contender)
+            if isinstance(result, OutOfMemory):
+                out_of_memory.add((tokens, contender))
+            yield Measurement(number, tokens, contender, result)
 
 
-def _measure(plan: Plan, tokens: int, contender: str) -> dict:
-    task = {"contender": contender, "tokens": tokens, "steps": plan.steps, "shape": asdict(plan.shape)}
+def _run_worker(plan: BenchmarkPlan, tokens: int, contender: str) -> AnyResult | OutOfMemory:
+    case = {"contender": contender, "tokens": tokens, "steps": plan.steps, "shape": asdict(plan.shape)}
     done = subprocess.run(
-        [sys.executable, "-m", "infini_ds.benchmarks.worker", plan.kind, json.dumps(task)],
-        cwd=ROOT,
+        [sys.executable, "-m", "infini_ds.benchmarks.worker", plan.kind, json.dumps(case)],
         capture_output=True,
         text=True,
     )
-    if done.returncode == -9:
-        return {"failed": "out of memory"}  # ended by the system
+    if done.returncode == KILLED:
+        return OutOfMemory()
+    if done.returncode == USER_ERROR:
+        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-        raise UserError(f"{contender} at {tokens} tokens: {lines[-1].rpartition('Error: ')[2]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise RuntimeError(
+            f"{contender} at {tokens} tokens failed with exit code {done.returncode}:\n{done.stderr.strip()}"
+        )
+    return _parse(plan.kind, json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def summarize(plan: Plan, figures: list[dict], figure: str) -> dict[tuple[int, str], dict]:
-    """For each case: medians of all figures over the rounds, and of the ratio of `figure` to the first contender's in
-    the same round.
-    """
-    cases = {}
-    for tokens, contender in plan.cases():
-        rounds = [f for f in figures if (f["tokens"], f["contender"]) == (tokens, contender)]
-        if any("failed" in f for f in rounds):
-            cases[tokens, contender] = {"failed": rounds[-1]["failed"]}
-            continue
-        summary = {
-            name: statistics.median(f[name] for f in rounds) if isinstance(value, int | float) else value
-            for name, value in rounds[-1].items()
-        }
-        first = {f["round"]: f for f in figures if (f["tokens"], f["contender"]) == (tokens, plan.contenders[0])}
-        if not any("failed" in f for f in first.values()):
-            summary["ratio"] = statistics.median(f[figure] / first[f["round"]][figure] for f in rounds)
-        cases[tokens, contender] = summary
-    return cases
+def _parse(kind: str, content: dict[str, Any]) -> AnyResult | OutOfMemory:
+    """Return the result that a worker printed."""
+    if content.get("out_of_memory"):
+        return OutOfMemory()
+    if kind == "profile":
+        return Profile(tuple(Operator(**operator) for operator in content["operators"]))
+    return GenerationSpeed(**content) if kind == "generation" else TrainingSpeed(**content)

@@ -1,6 +1,6 @@
-"""One figure in a process of its own: python -m infini_ds.benchmarks.worker training '{"contender": …}'
+"""Measure one case of a benchmark: python -m infini_ds.benchmarks.worker training '{"contender": ...}'
 
-Prints one line of JSON.
+Prints the result as one line of JSON.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -17,16 +18,19 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from infini_ds.benchmarks.contenders import Shape, build
+from infini_ds.benchmarks.contenders import ModelShape, build_contender, is_infini
+from infini_ds.benchmarks.results import GenerationSpeed, Operator, Profile, TrainingSpeed
+from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
-from infini_ds.planning.hardware import peak_flops, training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
+from infini_ds.planning.hardware import peak_flops
 
-WARM_UP = 4096  # tokens: enough to reach every kernel; longer sequences are not run twice
+WARM_UP_TOKENS = 4096  # enough to run every kernel once; longer rows are not run twice
 NEW_TOKENS = 64
 
 
 class PeakMemory:
-    """Bytes above what was there when this was made: resident memory on the CPU, allocated memory on a GPU."""
+    """Peak memory above what was in use at the start: resident memory on the CPU, allocated memory on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -34,96 +38,105 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory starts anew
+            ctypes.CDLL(None).malloc_trim(0)  # return what is free in the heap to the system
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak of resident memory, see man 5 proc
             self.before = psutil.Process().memory_info().rss
 
     def read(self) -> int:
+        """Return bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         status = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 - self.before
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def time_call(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes, including its work on the GPU."""
     start = time.perf_counter()
-    work()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def training_step(
-    contender: str, tokens: int, shape: Shape, device: torch.device
+def build_training_step(
+    contender: str, tokens: int, shape: ModelShape, device: torch.device
 ) -> tuple[nn.Module, Callable[[], None]]:
-    """The model, and a training step of `tokens` tokens, forward, backward, AdamW, after a first one to warm up."""
+    """Return the model and a training step (forward, backward, AdamW) on `tokens` tokens, after a warm-up step."""
     _limit_memory(device)
-    model, forward_backward = build(contender, shape, tokens, device)
+    model, forward_backward = build_contender(contender, shape, tokens, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(ids: torch.Tensor) -> None:
-        optimizer.zero_grad(set_to_none=False)  # gradients are the model's own memory, not the step's
+        optimizer.zero_grad(set_to_none=False)  # so that gradients are not part of the step's memory
         forward_backward(ids)
         optimizer.step()
 
     torch.manual_seed(1)
     ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
-    step(ids[:, :WARM_UP])
+    step(ids[:, :WARM_UP_TOKENS])
     return model, lambda: step(ids)
 
 
-def training(contender: str, tokens: int, steps: int, shape: Shape, device: torch.device) -> dict:
-    """Speed and memory of a training step. The rate of matrix products is measured before each step."""
-    model, step = training_step(contender, tokens, shape, device)
+def measure_training(contender: str, tokens: int, steps: int, shape: ModelShape, device: torch.device) -> TrainingSpeed:
+    """Measure speed and memory of a training step, and before each step the rate of matrix products."""
+    model, step = build_training_step(contender, tokens, shape, device)
     memory, times, rates = PeakMemory(device), [], []
     for _ in range(steps):
         rates.append(peak_flops(device, shape.precision))
-        times.append(seconds(step, device))
-    speed = tokens / statistics.median(times)
-    result = {"tokens_per_s": speed, "peak_memory": memory.read(), "matrix_flops": statistics.median(rates)}
-    if contender.startswith("infini:"):
-        flops = training_flops_per_token(shape.config())
-        result |= {
-            "mfu": speed * flops / result["matrix_flops"],
-            "segments_per_block": model.block_schedule.segments_per_block,
-            "bound_tokens_per_s": result["matrix_flops"] / flops,
-        }
-    return result
+        times.append(time_call(step, device))
+    speed, rate = tokens / statistics.median(times), statistics.median(rates)
+    if not is_infini(contender):
+        return TrainingSpeed(speed, memory.read(), rate)
+    assert isinstance(model, InfiniGPTNeoForCausalLM)
+    flops = training_flops_per_token(shape.config())
+    return TrainingSpeed(
+        tokens_per_s=speed,
+        peak_memory=memory.read(),
+        matrix_flops=rate,
+        mfu=speed * flops / rate,
+        segments_per_block=model.block_schedule.segments_per_block,
+        bound_tokens_per_s=rate / flops,
+    )
 
 
-def profile(contender: str, tokens: int, steps: int, shape: Shape, device: torch.device) -> dict:
-    """Seconds and calls of each operator in `steps` training steps, without those that it calls, the longest first."""
-    _, step = training_step(contender, tokens, shape, device)
-    kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *kinds]) as profiled:
+def profile_training(contender: str, tokens: int, steps: int, shape: ModelShape, device: torch.device) -> Profile:
+    """Measure the time in each operator during `steps` training steps."""
+    _, step = build_training_step(contender, tokens, shape, device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profiled:
         for _ in range(steps):
-            seconds(step, device)
-    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operators = [(event.key, getattr(event, own) / 1e6, event.count) for event in profiled.key_averages()]
-    return {"operators": sorted(operators, key=lambda operator: -operator[1])}
+            time_call(step, device)
+    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"  # microseconds
+    events = profiled.key_averages()
+    operators = [Operator(event.key, getattr(event, own_time) / 1e6, event.count) for event in events]
+    return Profile(tuple(sorted(operators, key=lambda operator: -operator.seconds)))
 
 
-def generation(contender: str, tokens: int, steps: int, shape: Shape, device: torch.device) -> dict:
-    """Time for one more token, one at a time, behind a text of `tokens` tokens; `contender` is infini:G."""
-    model, _ = build(contender, shape, tokens, device)
+def measure_generation(
+    contender: str, tokens: int, steps: int, shape: ModelShape, device: torch.device
+) -> GenerationSpeed:
+    """Measure the time of one more token after a prompt of `tokens` tokens. The contender is infini:G."""
+    model, _ = build_contender(contender, shape, tokens, device)
+    assert isinstance(model, InfiniGPTNeoForCausalLM)
     model.eval()
     torch.manual_seed(1)
     ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
     with torch.inference_mode():
-        model.generate(ids[:, :WARM_UP], max_new_tokens=2, do_sample=False)
-        memory, cache = PeakMemory(device), InfiniCache(model.config, 1, model.dtype, device)
-        reading = seconds(lambda: model(ids, past_key_values=cache, logits_to_keep=1), device)
-        times = [_more_tokens(model, cache, device) for _ in range(steps)]
-    return {
-        "reading_tokens_per_s": tokens / reading,
-        "seconds_per_token": statistics.median(times),
-        "cache_bytes": cache.nbytes(),
-        "peak_memory": memory.read(),
-    }
+        model.generate(ids[:, :WARM_UP_TOKENS], max_new_tokens=2, do_sample=False)
+        memory, cache = PeakMemory(device), InfiniCache(shape.config(), 1, model.dtype, device)
+        reading = time_call(lambda: model(ids, past_key_values=cache, logits_to_keep=1), device)
+        times = [_time_new_tokens(model, cache, device) for _ in range(steps)]
+    return GenerationSpeed(
+        reading_tokens_per_s=tokens / reading,
+        seconds_per_token=statistics.median(times),
+        cache_bytes=cache.nbytes(),
+        peak_memory=memory.read(),
+    )
 
 
-def _more_tokens(model: InfiniGPTNeoForCausalLM, cache: InfiniCache, device: torch.device) -> float:
-    """Seconds a token of greedy generation that goes on with the cache."""
+def _time_new_tokens(model: InfiniGPTNeoForCausalLM, cache: InfiniCache, device: torch.device) -> float:
+    """Return seconds per token of greedy generation that continues the cache."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def generate() -> None:
@@ -131,23 +144,34 @@ def _more_tokens(model: InfiniGPTNeoForCausalLM, cache: InfiniCache, device: tor
         for _ in range(NEW_TOKENS):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
 
-    return seconds(generate, device) / NEW_TOKENS
+    return time_call(generate, device) / NEW_TOKENS
 
 
 def _limit_memory(device: torch.device) -> None:
-    """On the CPU a model that needs more than there is fails with an error, and the machine goes on."""
+    """On the CPU, let allocations beyond the available memory fail, so that the system does not start to swap."""
     if device.type == "cpu":
         limit = psutil.Process().memory_info().vms + psutil.virtual_memory().available
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-if __name__ == "__main__":
+MEASURES: dict[str, Callable[..., TrainingSpeed | GenerationSpeed | Profile]] = {
+    "training": measure_training,
+    "profile": profile_training,
+    "generation": measure_generation,
+}
+
+
+def main() -> None:
+    kind, case = sys.argv[1], json.loads(sys.argv[2])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        measure = {"training": training, "profile": profile, "generation": generation}[sys.argv[1]]
-        task = json.loads(sys.argv[2])
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(json.dumps(measure(**task | {"shape": Shape(**task["shape"])}, device=device)))
+        result = MEASURES[kind](**case | {"shape": ModelShape(**case["shape"])}, device=device)
+        print(json.dumps(asdict(result)))
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a RuntimeError
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        print(json.dumps({"failed": "out of memory"}))
+        print(json.dumps({"out_of_memory": True}))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,1 +1,1 @@
-"""Checkpoints: the manifest, the checkpoint manager, universal checkpoints."""
+"""Checkpoints: manifest, checkpoint manager, universal checkpoints."""

@@ -1,32 +1,44 @@
-"""The mark of a checkpoint, `checkpoint.json`: where the run stood, and the size and sha256 of every other file.
+"""The checkpoint manifest, `checkpoint.json`: the state of the run, and the size and SHA-256 of every other file.
 
-It is written last and removed first, so a folder without one is half written or half removed.
+It is written last and removed first, so a folder without a manifest is incomplete: half written or half removed.
 """
 
-import hashlib
 import json
 import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from infini_ds.utils.atomic import fsync_dir, write_json_atomic
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.hashing import sha256_of_file, sha256_of_json
 
 MANIFEST = "checkpoint.json"
-CHUNK = 1 << 22  # bytes read at a time
 
 
 @dataclass
 class TrainState:
-    """Where the run stands."""
+    """The state of a run apart from model, optimizer and data.
+
+    Attributes:
+        step: optimizer steps that were run, skipped ones among them.
+        tokens: tokens of their rows.
+        validated: step of the last validation; -1 before the first.
+        validation_loss: its loss.
+        consecutive_skips: steps up to this one that were skipped for a non-finite loss or gradient.
+        losses: number of losses that the next two are taken over.
+        loss_mean: mean of recent losses.
+        loss_variance: variance of recent losses.
+    """
 
     step: int = 0
     tokens: int = 0
-    validated: int = -1  # the step of the last validation
-    validation_loss: float | None = None  # at that step
-    consecutive_skips: int = 0  # steps up to this one without a finite loss or gradient
-    losses: int = 0  # that the next two are taken over
-    loss_mean: float = 0.0  # of recent steps
+    validated: int = -1
+    validation_loss: float | None = None
+    consecutive_skips: int = 0
+    losses: int = 0
+    loss_mean: float = 0.0
     loss_variance: float = 0.0
 
 
@@ -38,65 +50,55 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        state: the state of the run.
+        world_size: number of ranks that wrote it; each wrote a shard of the optimizer.
+        written: time in UTC, in ISO 8601.
+        torch: version of torch.
+        files: size and checksum by file name.
+        sequence: number of ranks of a sequence group. 1 in checkpoints that were written before it was recorded.
+    """
+
     state: TrainState
     world_size: int
-    written: str  # UTC
-    torch: str  # version
+    written: str
+    torch: str
     files: dict[str, FileDigest]
+    sequence: int = 1
 
     @property
     def validation_loss(self) -> float | None:
-        """Of this very step, if it was measured."""
+        """The validation loss at the checkpoint's own step. None if there was no validation at that step."""
         return self.state.validation_loss if self.state.validated == self.state.step else None
 
 
 def fsync_and_hash(file: Path) -> FileDigest:
-    """Force a file that was just written to the disk, and sum it up."""
+    """fsync a file and return its size and SHA-256."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
-    return FileDigest(file.stat().st_size, sha256_of(file))
+    return FileDigest(file.stat().st_size, sha256_of_file(file))
 
 
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fsync_dir(folder: Path) -> None:
-    """Force the names in a folder to the disk: fsync of a file does not do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_manifest(checkpoint: Path, mark: CheckpointManifest) -> None:
-    """Make the checkpoint good, once all of its files are on the disk."""
-    body = asdict(mark)
-    partial = checkpoint / (MANIFEST + ".partial")
-    with partial.open("w") as opened:
-        json.dump(body | {"sha256": _sum_of(body)}, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
+def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """Write the manifest, which makes a checkpoint complete. All of its files have to be on the disk already."""
+    body = asdict(manifest)
     fsync_dir(checkpoint)
-    os.replace(partial, checkpoint / MANIFEST)
-    fsync_dir(checkpoint)
+    write_json_atomic(checkpoint / MANIFEST, body | {"sha256": sha256_of_json(body)})
     fsync_dir(checkpoint.parent)
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
-    """
+    """Read a checkpoint's manifest, also of an earlier version.
+
     Raises:
-        UserError: the mark is missing, or not what was written.
+        UserError: it is missing or damaged.
     """
     try:
-        body = json.loads((checkpoint / MANIFEST).read_text())
-        if body.pop("sha256") != _sum_of(body):
-            raise ValueError("the checksum does not match")
+        body: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+        if body.pop("sha256") != sha256_of_json(body):
+            raise ValueError("its checksum does not match")
         state = body["state"]
         if "skipped_in_a_row" in state:  # the field's name in checkpoints written before version 0.2
             state["consecutive_skips"] = state.pop("skipped_in_a_row")
@@ -104,19 +106,15 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
         body["files"] = {name: FileDigest(**file) for name, file in body["files"].items()}
         return CheckpointManifest(**body)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{checkpoint / MANIFEST} is not as it was written ({error})") from error
-
-
-def _sum_of(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        raise UserError(f"{checkpoint / MANIFEST} is damaged ({error})") from error
 
 
 def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1, read: bool = True) -> list[str]:
-    """A sentence for each file that is not as it was written; none for a whole checkpoint.
+    """Return a sentence for each file that differs from what was written; an empty list for an intact checkpoint.
 
     Args:
-        rank, world_size: look at every `world_size`-th file only, for ranks that share the work.
-        read: whether contents are read, or only sizes compared.
+        rank, world_size: check every `world_size`-th file only, from number `rank` on, to split the work across ranks.
+        read: whether to read and hash contents, or to compare sizes only.
     """
     try:
         files = read_manifest(checkpoint).files
@@ -128,9 +126,9 @@ def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1, read: bool
         try:
             size = file.stat().st_size
             if size != written.bytes:
-                found.append(f"{file} has {size:,} bytes and was written with {written.bytes:,}")
-            elif read and sha256_of(file) != written.sha256:
-                found.append(f"{file} has another content than was written (sha256)")
+                found.append(f"{file} has {size:,} bytes instead of {written.bytes:,}")
+            elif read and sha256_of_file(file) != written.sha256:
+                found.append(f"{file} does not match its checksum (SHA-256)")
         except FileNotFoundError:
             found.append(f"{file} is missing")
         except OSError as error:
@@ -138,16 +136,16 @@ def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1, read: bool
     return found
 
 
-def _folders(run: Path) -> list[Path]:
-    found = [folder for folder in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first; whether their files are whole is for `damage` to say."""
-    return [folder for folder in _folders(run) if (folder / MANIFEST).exists()]
+    """Return a run's checkpoints that have a manifest, oldest first. Their files may be damaged: see `find_damage`."""
+    return [folder for folder in _checkpoint_folders(run) if (folder / MANIFEST).exists()]
 
 
 def incomplete_checkpoints(run: Path) -> list[Path]:
-    """What is being written, or was when the run was killed."""
-    return [folder for folder in _folders(run) if not (folder / MANIFEST).exists()]
+    """Return the checkpoints that are being written, or that a killed run left half written, oldest first."""
+    return [folder for folder in _checkpoint_folders(run) if not (folder / MANIFEST).exists()]
+
+
+def _checkpoint_folders(run: Path) -> list[Path]:
+    found = [folder for folder in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))

@@ -1,5 +1,6 @@
-"""A checkpoint for another number of ranks, by DeepSpeed's universal format: each parameter's weight and optimizer
-state as a whole, of which a rank takes its part.
+"""Universal checkpoints: DeepSpeed's format that any number of ranks can load.
+
+It holds each parameter's weight and optimizer state unsharded, of which a rank loads its shard.
 """
 
 import contextlib
@@ -9,21 +10,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
 import torch.distributed as dist
 
+from infini_ds.distributed import collectives
 from infini_ds.utils.errors import UserError
 
-SECONDS = 2.0  # between two looks at the conversion
+SECONDS = 2.0  # between two looks whether the conversion has ended
 
 
 @contextlib.contextmanager
-def universal(checkpoint: Path) -> Iterator[Path]:
-    """The checkpoint in universal format, in a scratch folder beside it that lasts for the `with` block.
+def universal_checkpoint(checkpoint: Path) -> Iterator[Path]:
+    """Convert a checkpoint to the universal format, in a scratch folder beside it that is removed after the block.
 
-    The first rank converts, in a process of its own; the scratch folder takes about twice the room of the checkpoint.
+    Rank 0 converts, in a process of its own. The scratch folder takes about twice the space of the checkpoint.
+    Collective: every rank enters and leaves the block.
 
     Raises:
         UserError: the conversion failed.
@@ -32,8 +33,8 @@ def universal(checkpoint: Path) -> Iterator[Path]:
     converted, log = scratch / checkpoint.name, scratch / "log.txt"
     process = None
     try:
-        if dist.get_rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        if collectives.is_rank_zero():
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
             scratch.mkdir()
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
             folders = ["--input_folder", str(checkpoint), "--output_folder", str(converted)]
@@ -45,14 +46,15 @@ def universal(checkpoint: Path) -> Iterator[Path]:
                     env=os.environ | {"DS_ACCELERATOR": "cpu"},
                 )
         if _wait(process):
-            reason = log.read_text().strip().splitlines()[-1] if process else "see the first rank"
+            lines = log.read_text().split("\n") if process else ["see rank 0"]
+            reason = next((line for line in reversed(lines) if line.strip()), "without a message")
             raise UserError(
-                f"{checkpoint} could not be converted for {dist.get_world_size()} ranks, with "
-                f"{shutil.disk_usage(checkpoint).free / 2**20:,.0f} MiB free ({reason}): make room, or start as many "
-                "ranks as wrote it"
+                f"{checkpoint} could not be converted for {collectives.world_size()} ranks, with "
+                f"{shutil.disk_usage(checkpoint).free / 2**20:,.0f} MiB free ({reason}): free some space, or start as "
+                "many ranks as wrote it"
             )
         yield converted
-        dist.barrier()  # all have read it
+        dist.barrier()  # rank 0 removes the folder once all ranks have loaded it
     finally:
         if process:
             process.kill()
@@ -60,45 +62,16 @@ def universal(checkpoint: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _wait(process: subprocess.Popen | None) -> int:
-    """The exit code of the first rank's process, on every rank.
+def _wait(process: "subprocess.Popen[bytes] | None") -> int:
+    """Wait for rank 0's process and return its exit code on every rank.
 
-    In many short collective calls: a single one would run into their time limit.
+    By many short collectives, since a single one would time out during a long conversion.
     """
     while True:
-        code = [None]
+        code = None
         if process:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code[0] = process.wait(SECONDS)
-        dist.broadcast_object_list(code)
-        if code[0] is not None:
-            return code[0]
-
-
-def load_universal(engine, folder: Path) -> dict:
-    """Put the engine back from the universal format; returns the client state."""
-    with _stand_ins(engine.optimizer):
-        engine._config.load_universal_checkpoint = True  # `checkpoint.load_universal`, for this call alone
-        try:
-            return engine.load_checkpoint(str(folder.parent), tag=folder.name)[1]
-        finally:
-            engine._config.load_universal_checkpoint = False
-
-
-@contextlib.contextmanager
-def _stand_ins(optimizer) -> Iterator[None]:
-    """DeepSpeed 0.19.8 reads a group's step from the first parameter that this rank holds, and fails (IndexError) if
-    it holds padding alone: gates are few numbers, so with many ranks some hold none.
-    """
-    empty = [group for group in optimizer.bit16_groups if all(lp._hp_mapping is None for lp in group)]
-    for group in empty:
-        nothing = torch.empty(0)
-        nothing._hp_mapping = SimpleNamespace(get_optim_state_keys=list)
-        nothing.load_hp_checkpoint_state = lambda *_, **__: None
-        optimizer.param_names[nothing] = ""
-        group.append(nothing)
-    try:
-        yield
-    finally:
-        for group in empty:
-            del optimizer.param_names[group.pop()]
+                code = process.wait(SECONDS)
+        code = collectives.broadcast_object(code)
+        if code is not None:
+            return code

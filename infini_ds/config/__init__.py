@@ -1,1 +1,1 @@
-"""Recipes: typed sections, the loader, DeepSpeed's JSON, learning-rate schedules."""
+"""The recipe's sections and their loader, what a recipe resolves to, DeepSpeed's JSON, learning-rate schedules."""

@@ -1,34 +1,34 @@
-"""Learning rates over the steps, as factors of their peak."""
+"""Learning-rate schedules, as factors of the peak learning rate."""
 
 import math
 
-from infini_ds.config.recipe import Recipe, ScheduleRecipe
+from infini_ds.config.recipe import Recipe, ScheduleSection
 
 
-def factor(schedule: ScheduleRecipe, steps: int, step: int) -> float:
-    """The factor for 0-based `step` of `steps`: linear warm-up, then the schedule's kind down to `final_ratio`."""
+def factor(schedule: ScheduleSection, steps: int, step: int) -> float:
+    """Return the factor at 0-based `step` of `steps`: linear warm-up, then the schedule's kind to `final_ratio`."""
     warmup = schedule.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":
         return 1.0
     decay_steps = schedule.decay_steps if schedule.kind == "wsd" else steps - warmup
-    done = max(0.0, (step - (steps - decay_steps)) / max(1, decay_steps))
-    remaining = 1 - min(1.0, done)
+    progress = max(0.0, (step - (steps - decay_steps)) / max(1, decay_steps))
+    remaining = 1 - min(1.0, progress)
     if schedule.kind == "cosine":
         remaining = (1 - math.cos(math.pi * remaining)) / 2
     return schedule.final_ratio + (1 - schedule.final_ratio) * remaining
 
 
-def gate_factor(schedule: ScheduleRecipe, steps: int, step: int) -> float:
-    """The same for the gates, which need no warm-up and may be kept from decaying."""
+def gate_factor(schedule: ScheduleSection, steps: int, step: int) -> float:
+    """Return the factor of the gates, which have no warm-up, and no decay with `gates: constant`."""
     if schedule.gates == "constant":
         return 1.0
     return factor(schedule, steps, max(step, schedule.warmup_steps))
 
 
 def gate_reach(recipe: Recipe, steps: int | None = None) -> float:
-    """How far a gate beta can move from its start in the first `steps` steps (None: in the whole run).
+    """Return how far a gate beta can move from its start in the first `steps` steps (None: in all steps).
 
     Adam moves a value by at most its learning rate a step where 1 - beta1 <= sqrt(1 - beta2), as usual (Kingma and Ba
     2015, section 2.1).

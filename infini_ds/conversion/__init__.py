@@ -1,1 +1,1 @@
-"""Into Hugging Face folders: from ZeRO checkpoints, and from GPT-Neo models."""
+"""Write Hugging Face folders, from ZeRO checkpoints and from GPT-Neo models."""

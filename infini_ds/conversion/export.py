@@ -1,4 +1,4 @@
-"""A Hugging Face folder that needs nothing of this project: weights, configuration, model code, tokenizer, card."""
+"""Write a Hugging Face folder that works without this project: weights, configuration, model code, tokenizer, card."""
 
 import json
 import shutil
@@ -8,27 +8,36 @@ import torch
 from transformers import GenerationConfig
 
 from infini_ds.checkpoint.manifest import MANIFEST
-from infini_ds.conversion.card import model_card
-from infini_ds.conversion.locate import Source, load_model
+from infini_ds.conversion.card import card_of_checkpoint
+from infini_ds.conversion.locate import ModelLocation, load_model
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 
 
-def export(source: Source, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
-    """Write a run's newest checkpoint, or one checkpoint, as a Hugging Face folder.
+def export(location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint as a Hugging Face folder.
 
     Args:
-        max_shard_size: of one safetensors file, such as "500MB".
+        max_shard_size: upper limit of one safetensors file, such as "500MB".
     Raises:
-        UserError: the checkpoint cannot be read, or `out` holds something else.
+        UserError: the model is already in Hugging Face format, the checkpoint is damaged, or `out` holds other files.
     """
-    write_folder(load_model(source).to(dtype), source.tokenizer_folder, out, model_card(source), max_shard_size)
+    if location.checkpoint is None or location.run is None:
+        raise UserError(f"{location.path} is already in Hugging Face format: give a run or a checkpoint")
+    card = card_of_checkpoint(location.checkpoint, location.run)
+    write_folder(load_model(location, dtype), location.tokenizer_folder, out, card, max_shard_size)
 
 
 def write_folder(
     model: InfiniGPTNeoForCausalLM, tokenizer: Path | None, out: Path, card: str, max_shard_size: str = "2GB"
 ) -> None:
-    """Write all in a folder beside `out` and put it in place at the end, so that `out` is never half a model."""
+    """Write the files to `OUT.partial` and rename it, so that `out` is never incomplete.
+
+    Args:
+        tokenizer: the folder to copy the tokenizer from, or None to write none.
+    Raises:
+        UserError: `out` exists and is neither empty nor an earlier export.
+    """
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_export(out))):
         raise UserError(f"--out {out} holds other files: choose another folder")
     partial = out.with_name(out.name + ".partial")
@@ -36,7 +45,7 @@ def write_folder(
     InfiniGPTNeoConfig.register_for_auto_class()
     InfiniGPTNeoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     config = model.config
-    # `save_pretrained` adds the model's own class to these.
+    # `save_pretrained` adds the configuration's and the model's own class to this map.
     config.auto_map = {"AutoModelForSequenceClassification": "modeling.InfiniGPTNeoForSequenceClassification"}
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -53,28 +62,27 @@ def write_folder(
 
 
 def _is_export(folder: Path) -> bool:
-    config = folder / "config.json"
     if (folder / MANIFEST).exists() or (folder / ".git").exists():
         return False
+    config = folder / "config.json"
     return config.is_file() and json.loads(config.read_text()).get("model_type") == InfiniGPTNeoConfig.model_type
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> str:
-    """Upload an exported folder to the Hugging Face hub; returns its address.
+    """Upload an exported folder to the Hugging Face hub and return its URL.
 
     Raises:
-        UserError: the hub refused, or cannot be reached; the folder stays.
+        UserError: the hub refuses the upload or cannot be reached. The folder stays as it is.
     """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
+        url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the hub's client raises errors of several libraries
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"--push-to-hub {name}: the upload failed ({reason}); {folder} is complete, so `hf auth login` and "
-            f"`hf upload {name} {folder}` can send it later"
+            f"--push-to-hub {name}: the upload failed ({first_line(error)}); {folder} is complete, so `hf auth login` "
+            f"and `hf upload {name} {folder}` can upload it later"
         ) from error
-    return str(address)
+    return str(url)

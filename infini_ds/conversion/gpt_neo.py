@@ -1,4 +1,4 @@
-"""GPT-Neo -> Infini-GPT-Neo: the same weights, and gates that let the memory in as training opens them."""
+"""Convert GPT-Neo to Infini-GPT-Neo: the same weights, and one gate a head that mixes in the memory."""
 
 import contextlib
 from pathlib import Path
@@ -7,38 +7,43 @@ import torch
 from transformers import AutoTokenizer, GPTNeoConfig
 from transformers.utils import logging
 
-from infini_ds.conversion.card import fill_card
+from infini_ds.conversion.card import format_card
 from infini_ds.conversion.export import write_folder
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 
-GATES = {"closed": -4.0, "zero": 0.0}  # sigmoid: 2% of the memory, or half of it
+# Initial beta of every gate; sigmoid(beta) is the weight of the memory in a head's output: 0.02 or 0.5.
+GATES = {"closed": -4.0, "zero": 0.0}
 
 
 def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shard_size: str = "2GB") -> None:
-    """Write a folder that `model.start_from=` of a recipe can go on training.
+    """Write a folder that training can start from (`model.start_from=`).
 
     Args:
         name: folder or hub name of a GPTNeoForCausalLM.
-        gates: "closed": the model begins near GPT-Neo on segments alone; "zero": half local, half memory.
+        gates: "closed" to start close to GPT-Neo on each segment by itself, "zero" to start with equal weights for
+            local attention and memory.
     Raises:
-        UserError: it is no GPT-Neo, or its positions do not reach over a segment.
+        UserError: the model cannot be read, is not a GPT-Neo, or has fewer positions than `segment_length`.
     """
     try:
-        theirs = GPTNeoConfig.get_config_dict(name)[0]
+        gpt_neo = GPTNeoConfig.get_config_dict(name)[0]
     except OSError as error:
-        raise UserError(f"--from-gpt-neo {name}: {str(error).splitlines()[0]}") from error
-    if theirs.get("model_type") != "gpt_neo":
-        raise UserError(f"--from-gpt-neo {name} is a {theirs.get('model_type')!r} model, not gpt_neo")
-    fields = GPTNeoConfig(**theirs).to_diff_dict()
+        raise UserError(f"--from-gpt-neo {name}: {first_line(error)}") from error
+    if gpt_neo.get("model_type") != "gpt_neo":
+        raise UserError(f"--from-gpt-neo {name} is a {gpt_neo.get('model_type')!r} model, not gpt_neo")
+    fields = GPTNeoConfig(**gpt_neo).to_diff_dict()
     for key in ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(key, None)
-    config = InfiniGPTNeoConfig(**fields, segment_length=segment_length, gate_init=GATES[gates])
+    try:
+        config = InfiniGPTNeoConfig(**fields, segment_length=segment_length, gate_init=GATES[gates])
+    except ValueError as error:
+        raise UserError(f"--from-gpt-neo {name}: {first_line(error)}") from error
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the gates are missing there is why we are here
+    logging.set_verbosity_error()  # transformers warns that the gates are missing, as they are meant to be
     model = InfiniGPTNeoForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     logging.set_verbosity(verbosity)
-    origin = f"Made from `{name}` by adding a memory to each layer; its gates start {gates}, not yet trained."
-    write_folder(model, None, out, fill_card(out.name, config, origin), max_shard_size)
+    origin = f"Converted from `{name}`: each layer has a memory, whose gates start {gates} and are not trained yet."
+    write_folder(model, None, out, format_card(out.name, config, origin), max_shard_size)
     with contextlib.suppress(OSError, ValueError, TypeError):  # a folder of weights alone has no tokenizer
         AutoTokenizer.from_pretrained(name).save_pretrained(out)

@@ -1,4 +1,4 @@
-"""What a path that a user gives holds: an exported folder, a run, or one checkpoint of a run; and loading each."""
+"""Find and load the model that a path holds: an exported folder, a run, or one checkpoint of a run."""
 
 import json
 from dataclasses import dataclass
@@ -14,8 +14,13 @@ from infini_ds.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Source:
-    """`checkpoint` and `run` are None for an exported folder."""
+class ModelLocation:
+    """Where a model's files are.
+
+    path: as the user gave it.
+    checkpoint: the checkpoint to read, or None for an exported folder.
+    run: the run that the checkpoint belongs to, or None for an exported folder.
+    """
 
     path: Path
     checkpoint: Path | None
@@ -23,59 +28,64 @@ class Source:
 
     @property
     def tokenizer_folder(self) -> Path:
-        return self.path if self.checkpoint is None else self.run / "tokenizer"
+        return self.path if self.run is None else self.run / "tokenizer"
 
 
-def locate(path: str | Path) -> Source:
-    """
+def locate(path: str | Path) -> ModelLocation:
+    """Return the location of an exported folder, of a run's newest complete checkpoint, or of one checkpoint.
+
     Raises:
-        UserError: the path holds none of the three, or a run without a finished checkpoint.
+        UserError: the path is not one of the three, or a run without a complete checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder; give an exported folder, a run, or a checkpoint")
+        raise UserError(f"{path}: no such folder; give an exported folder, a run, or a checkpoint")
     if (path / MANIFEST).is_file():
         run = path.resolve().parent.parent
         if not (run / "recipe.yaml").is_file():
-            raise UserError(f"{path}: a checkpoint is read from inside its run, and {run} is none (no recipe.yaml)")
-        return Source(path, path, run)
+            raise UserError(
+                f"{path}: a checkpoint is read from inside its run, and {run} is not a run (it has no recipe.yaml)"
+            )
+        return ModelLocation(path, path, run)
     if (path / "checkpoints").is_dir():
-        good = complete_checkpoints(path)
-        if not good:
-            raise UserError(f"{path}: this run has no finished checkpoint yet")
-        return Source(path, good[-1], path)
+        complete = complete_checkpoints(path)
+        if not complete:
+            raise UserError(f"{path}: this run has no complete checkpoint yet")
+        return ModelLocation(path, complete[-1], path)
     if (path / "config.json").is_file():
-        kind = json.loads((path / "config.json").read_text()).get("model_type")
-        if kind != InfiniGPTNeoConfig.model_type:
-            raise UserError(f"{path} is a {kind} model: give it a memory first, with launch/convert.py --from-gpt-neo")
-        return Source(path, None, None)
+        model_type = json.loads((path / "config.json").read_text()).get("model_type")
+        if model_type != InfiniGPTNeoConfig.model_type:
+            raise UserError(f"{path} is a {model_type} model: convert it first, with --from-gpt-neo {path}")
+        return ModelLocation(path, None, None)
     raise UserError(
-        f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a finished checkpoint "
+        f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a complete checkpoint "
         f"({MANIFEST})"
     )
 
 
-def load_model(source: Source) -> InfiniGPTNeoForCausalLM:
-    """The model in fp32, ready for evaluation.
+def load_model(
+    location: ModelLocation, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> InfiniGPTNeoForCausalLM:
+    """Return the model in evaluation mode.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
     disable_progress_bar()
-    if source.checkpoint is None:
-        return InfiniGPTNeoForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
-    if damaged := find_damage(source.checkpoint):
-        raise UserError(
-            f"{source.checkpoint} is damaged: {'; '.join(damaged)}; give another checkpoint of the run, which "
-            f"python launch/checkpoint.py list {source.run} shows"
-        )
-    from infini_ds.conversion.zero import full_weights
+    if location.checkpoint is None:
+        model = InfiniGPTNeoForCausalLM.from_pretrained(location.path, dtype=torch.float32)
+    else:
+        if damage := find_damage(location.checkpoint):
+            raise UserError(
+                f"{location.checkpoint} is damaged: {'; '.join(damage)}; give another checkpoint of {location.run}"
+            )
+        from infini_ds.conversion.zero import full_weights  # imports DeepSpeed, which an exported folder does not need
 
-    config = InfiniGPTNeoConfig.from_pretrained(source.checkpoint)
-    model = InfiniGPTNeoForCausalLM(config)
-    model.load_state_dict(full_weights(source.checkpoint))
-    return model.eval()
+        model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig.from_pretrained(location.checkpoint))
+        model.load_state_dict(full_weights(location.checkpoint))
+    return model.eval().to(device=device, dtype=dtype)
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(source.tokenizer_folder)
+def load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the model was trained with."""
+    return AutoTokenizer.from_pretrained(location.tokenizer_folder)

@@ -1,16 +1,13 @@
-"""The door to DeepSpeed's consolidation of ZeRO checkpoints."""
+"""Consolidate the weights of a ZeRO checkpoint. DeepSpeed's conversion is imported in this file only."""
 
 import contextlib
 import io
 import os
-import pickle
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from infini_ds.utils.errors import UserError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
@@ -19,13 +16,10 @@ with warnings.catch_warnings():
 
 
 def full_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All weights in fp32, from the master copies that the ranks' optimizers hold.
+    """Return all weights in fp32, from the master copies that are split across the ranks' optimizer states.
 
-    Raises:
-        UserError: a file of the checkpoint is missing or damaged.
+    The caller has compared the files with the checkpoint's manifest, so an error while reading them is not the user's.
     """
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint} cannot be read: {error}") from error
+    # DeepSpeed prints its progress to both streams.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

@@ -1,1 +1,1 @@
-"""From MDS shards to batches: the rows that `data_prep` wrote, streamed, collated, cut into micro-batches."""
+"""Prepared data as batches: sources, streams of training and validation rows, and collation."""

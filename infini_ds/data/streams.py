@@ -1,30 +1,34 @@
-"""Training rows as an endless stream that can stop and go on, and validation rows by number."""
+"""Training rows as an endless stream that can be saved and resumed, and validation rows by number."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from infini_ds.data.batches import collate
-from infini_ds.data.sources import Source
-from infini_ds.streaming_compat.library import StreamingDataLoader
-from infini_ds.streaming_compat.shards import ShardDataset, ShardError, ShardStream
-from infini_ds.streaming_compat.workers import end_with_rank_only
-from infini_ds.utils.errors import UserError
+from infini_ds.data.batches import Batch, collate
+from infini_ds.data.cache_limit import PREFETCH_BATCHES
+from infini_ds.data.fingerprint import fingerprint
+from infini_ds.data.sources import DataSource
+from infini_ds.data.workers import init_worker
+from infini_ds.streaming_compat.dataset import ShardDataset
+from infini_ds.streaming_compat.library import World
+from infini_ds.streaming_compat.loader import BatchLoader
+from infini_ds.streaming_compat.stream import ShardError, ShardStream
+from infini_ds.utils.errors import UserError, first_line
 
-AHEAD = 3  # batches a reader that are asked for at a time where the cache is bounded: the one that is due, and the next
 
-
-def _open(sources: list[Source], split: str, weighted: bool, cache_limit: int | None = None, **options) -> ShardDataset:
+def _open(
+    sources: Sequence[DataSource], split: str, weighted: bool, cache_limit: int | None = None, **options: Any
+) -> ShardDataset:
+    """Return the dataset of a split of all sources; `options` are those of `StreamingDataset`."""
     streams = []
     for source in sources:
         weights = {"proportion": source.proportion, "repeat": source.repeat} if weighted else {}
         streams.append(
             ShardStream(
-                far=source.remote,
+                remote_folder=source.remote,
                 local=str(source.folder),
                 split=split,
                 bounded=cache_limit is not None,
@@ -32,140 +36,153 @@ def _open(sources: list[Source], split: str, weighted: bool, cache_limit: int | 
             )
         )
     if cache_limit is not None:
-        options |= {"cache_limit": cache_limit, "predownload": (AHEAD - 1) * options["batch_size"]}
+        options |= {"cache_limit": cache_limit, "predownload": (PREFETCH_BATCHES - 1) * options["batch_size"]}
     return ShardDataset(streams=streams, num_canonical_nodes=1, **options)
 
 
 class TrainingStream:
-    """Endless batches of `rows` rows for this rank, shuffled anew each epoch.
+    """Endless batches of `rows` rows for this rank, shuffled again in each epoch.
 
-    The global batches, and their order, are the same for any number of ranks and workers. An epoch is whole global
-    batches: the rows that do not fill one, others in each epoch, are left out of it. `state_dict` names the row at
-    which the next batch starts; `load_state_dict` has to come before the first batch. `waited` counts the seconds in
-    which a batch was asked for and not there.
+    The global batches, and their order, are the same for any number of ranks and workers. An epoch consists of complete
+    global batches: the rows that do not fill one, others in each epoch, are left out.
 
+    Args:
+        rows: rows of a batch on this rank.
+        workers: data worker processes; 0 to read in this process.
+        cache_limit: bytes that shards of remote sources may take on this node; None for no limit.
+        data_rank, data_size: which part of each global batch this rank reads, and the number of parts. Consecutive
+            ranks with the same `data_rank` read the same rows.
+    Attributes:
+        waited: seconds in which the next batch was not ready yet.
     Raises:
         UserError: the sources hold fewer rows than one global batch.
     """
 
-    def __init__(self, sources: list[Source], rows: int, seed: int, workers: int, cache_limit: int | None = None):
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        rows: int,
+        seed: int,
+        workers: int,
+        cache_limit: int | None = None,
+        data_rank: int = 0,
+        data_size: int = 1,
+    ):
         self.waited = 0.0
-        self._made_of = (sources, rows, seed, workers, cache_limit)
+        self._arguments = (sources, rows, seed, workers, cache_limit, data_rank, data_size)
+        # streaming finds rank and world size by itself. `replication` tells it how many ranks read the same rows.
+        replication = World.detect().num_ranks // data_size
         self.dataset = _open(
-            sources, "train", weighted=True, cache_limit=cache_limit, shuffle=True, shuffle_seed=seed, batch_size=rows
+            sources,
+            "train",
+            weighted=True,
+            cache_limit=cache_limit,
+            shuffle=True,
+            shuffle_seed=seed,
+            batch_size=rows,
+            replication=replication if replication > 1 else None,
         )
-        global_rows = rows * (dist.get_world_size() if dist.is_initialized() else 1)
-        where = ", ".join(f"{source.key}={source.folder}" for source in sources)
+        found = self.dataset.data_rank_and_size
+        assert found == (data_rank, data_size), f"streaming reads with data rank and size {found}"
+        global_rows = rows * data_size
         if self.dataset.epoch_size < global_rows:
+            where = ", ".join(f"{source.option}={source.folder}" for source in sources)
             raise UserError(
-                f"{where} has {self.dataset.epoch_size} training rows, fewer than one global batch of "
-                f"{global_rows}: lower batch.rows or batch.tokens, or prepare more text"
+                f"{where} has {self.dataset.epoch_size} training rows, fewer than the {global_rows} rows of one step: "
+                "train on fewer rows or tokens a step, or prepare more text"
             )
-        # Otherwise the rest of an epoch is left out by one rank, and filled up to a batch with repeated rows by others.
+        # Otherwise streaming fills the last batch of an epoch with repeated rows on some ranks, and omits it on others.
         self.dataset.epoch_size -= self.dataset.epoch_size % global_rows
         self.fingerprint = fingerprint(sources, global_rows, seed)
-        self.loader = StreamingDataLoader(
+        self.loader = BatchLoader(
             self.dataset,
             batch_size=rows,
             collate_fn=collate,
             num_workers=workers,
-            worker_init_fn=end_with_rank_only,
+            worker_init_fn=init_worker,
             persistent_workers=workers > 0,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that an iterator does not draw from torch's random numbers
         )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's part of each global batch.
+
+        Raises:
+            UserError: a shard cannot be read, or a data worker died.
+        """
         batches = iter(self.loader)
         while True:
             asked = time.perf_counter()
             try:
                 batch = next(batches)
-            except StopIteration:  # an epoch is over; one that was resumed at its very end is empty
+            except StopIteration:  # the epoch is over; one that was resumed at its end is empty
                 batches = iter(self.loader)
                 continue
             except (ShardError, RuntimeError) as error:
-                raise _explained(error) from error
+                raise _as_user_error(error) from error
             finally:
                 self.waited += time.perf_counter() - asked
             yield batch
 
-    def state_dict(self) -> dict:
-        return self.loader.state_dict() | {"fingerprint": self.fingerprint}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch."""
+        return (self.loader.state_dict() or {}) | {"fingerprint": self.fingerprint}
 
-    def at(self, state: dict) -> "TrainingStream":
-        """A new stream of the same rows that stands at `state`: one that has been read cannot be put back."""
-        stream = TrainingStream(*self._made_of)
+    def at(self, state: dict[str, Any]) -> "TrainingStream":
+        """Return a new stream of the same rows at the position `state`.
+
+        A stream that has been read cannot return to an earlier position: streaming ignores a state that is loaded into
+        a dataset after the first batch (https://github.com/mosaicml/streaming/issues/437).
+        """
+        stream = TrainingStream(*self._arguments)
         stream.load_state_dict(state)
         return stream
 
-    def load_state_dict(self, state: dict) -> None:
-        """Raises UserError: the state is of other data, or of another global batch."""
-        check_fingerprint(state.get("fingerprint", self.fingerprint), self.fingerprint)  # older ones have none
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position. Call this before the first batch.
+
+        Raises:
+            UserError: the state is of other data, or of other global batches.
+        """
+        if state.get("fingerprint", self.fingerprint) != self.fingerprint:  # states of earlier versions have none
+            raise UserError(
+                "the checkpoint was saved with other training data, another seed of it or other rows a step: resume "
+                "with those that the run began with, or start a new run"
+            )
         self.loader.load_state_dict({name: value for name, value in state.items() if name != "fingerprint"})
 
 
-def fingerprint(sources: list[Source], global_rows: int, seed: int) -> dict:
-    """All that decides which rows the training sees, and in which order; not where they lie, nor who reads them."""
-    return {"batch.rows": global_rows, "data.seed": seed, "streams": [source.fingerprint() for source in sources]}
+def _as_user_error(error: Exception) -> Exception:
+    """Return the sentence for what ended the reading, or the error as it is.
 
-
-def check_fingerprint(theirs: dict, ours: dict) -> None:
-    """Raise a UserError if a run that was begun with `theirs` cannot go on with `ours`."""
-    for key in ("batch.rows", "data.seed"):
-        if theirs[key] != ours[key]:
-            raise UserError(
-                f"{key}={ours[key]}, but this run's rows are taken as with {key}={theirs[key]}: give that, or choose "
-                "another name="
-            )
-    if theirs["streams"] == ours["streams"]:
-        return
-    if len(theirs["streams"]) != len(ours["streams"]):
-        raise UserError(
-            f"the recipe names {len(ours['streams'])} streams of data, but this run was begun with "
-            f"{len(theirs['streams'])}: name those, or choose another name="
-        )
-    for number, (before, now) in enumerate(zip(theirs["streams"], ours["streams"], strict=True)):
-        for what in ("proportion", "repeat"):
-            if before[what] != now[what]:
-                raise UserError(
-                    f"data.streams[{number}].{what}={now[what]}, but this run was begun with {before[what]}: give "
-                    "that, or choose another name="
-                )
-        if before["shards"] != now["shards"]:
-            raise UserError(
-                f"the data of {'stream ' + str(number) if number else 'this run'} have been made anew, with other "
-                "content, since it was begun: choose another name=, or give the path of the data as they were"
-            )
-
-
-def _explained(error: Exception) -> Exception:
-    """A sentence for what ended the reading; from a worker process it is the last line of that process's stack."""
+    The message of an error from a worker process holds that process's stack; its last line is the sentence.
+    """
     if isinstance(error, ShardError):
         return ShardError(str(error).strip().splitlines()[-1].rpartition(f"{ShardError.__name__}: ")[2])
     if "DataLoader worker" in str(error) and "Original Traceback" not in str(error):
         return UserError(
-            f"a process that reads ahead has died ({str(error).splitlines()[0]}), most often for want of memory or of "
-            "room in /dev/shm: lower data.workers, or give the job more"
+            f"a data worker process died ({first_line(error)}), most often because memory or /dev/shm was full: "
+            "use fewer data workers, or give the job more memory"
         )
     return error
 
 
 class ValidationRows:
-    """The validation rows, the first of each source, then the second of each, and so on; ranks share them out."""
+    """The validation rows: the first of each source, then the second of each, and so on."""
 
-    def __init__(self, sources: list[Source]):
+    def __init__(self, sources: Sequence[DataSource]):
         self._dataset = _open(sources, "validation", weighted=False, shuffle=False, batch_size=1)
-        in_its_source = np.concatenate([np.arange(n) for n in self._dataset.samples_per_stream])
-        self._order = np.argsort(in_its_source, kind="stable")
-        self._ready: set[int] = set()
+        number_in_source = np.concatenate([np.arange(n) for n in self._dataset.samples_per_stream])
+        self._order = np.argsort(number_in_source, kind="stable")
+        self._ready: set[int] = set()  # shards
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        """The row as MDS stores it: `input_ids` (T,), `document_lengths`."""
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return a row as MDS stores it: `input_ids` (T,), `document_lengths`."""
         row = int(self._order[number])
         shard, _ = self._dataset.spanner[row]
         if shard not in self._ready:
@@ -174,21 +191,25 @@ class ValidationRows:
         return self._dataset[row]
 
     def documents(self, start_id: int) -> list[tuple[int, int]]:
-        """(first, last) document of each row, numbered over all sources: two rows share one where these overlap. Reads
-        all rows. `start_id`: the token that documents begin with.
+        """Return (first, last) document of each row, numbered over all sources. Rows with equal numbers share one.
+
+        Reads all rows.
+
+        Args:
+            start_id: the token that each document begins with.
         """
         spans, last = [(0, 0)] * len(self), -1
-        begins = set(np.cumsum([0, *self._dataset.samples_per_stream]).tolist())  # rows that a source begins with
+        first_rows = set(np.cumsum([0, *self._dataset.samples_per_stream]).tolist())  # of each source
         for number in np.argsort(self._order, kind="stable").tolist():  # one source after the other
             row = self[number]
-            goes_on = int(row["input_ids"][0]) != start_id and int(self._order[number]) not in begins
-            first = last if goes_on else last + 1
+            continues = int(row["input_ids"][0]) != start_id and int(self._order[number]) not in first_rows
+            first = last if continues else last + 1
             last = first + len(row["document_lengths"]) - 1
             spans[number] = (first, last)
         return spans
 
-    def batches(self, rows: int, limit: int | None, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
-        """Batches of up to `rows` of this rank's share of the first `limit` rows (None: all)."""
+    def batches(self, rows: int, limit: int | None, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield batches of up to `rows` rows of this rank's part of the first `limit` rows (None: all)."""
         mine = range(rank, min(limit or len(self), len(self)), world_size)
         for first in range(0, len(mine), rows):
             yield collate([self[i] for i in mine[first : first + rows]])

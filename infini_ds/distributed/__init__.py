@@ -1,1 +1,1 @@
-"""The distributed environment, collectives, signals and the connectivity check."""
+"""Distributed environment, parallel dimensions, collectives, signals, rendezvous check, entry point of scripts."""

@@ -1,4 +1,4 @@
-"""The entry point of every script: error messages, exit codes, and what a rank does when another one is lost."""
+"""The entry point of every script: error messages, exit codes, and what a rank prints when another one is lost."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import torch
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.logging import setup_logging
 
-SECONDS_FOR_FIRST_RANK = 5.0  # that the other ranks wait before they print an error
+SECONDS_FOR_RANK_ZERO = 5.0  # for which the other ranks wait before they print an error
 SECONDS_FOR_ROLL_CALL = 3.0
 
 
@@ -22,9 +22,9 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main()`, and turn its exceptions into messages and exit codes.
 
     A `UserError` is printed as its sentence, without a stack, with exit code 2; INFINI_DS_TRACEBACK=1 adds the stack.
-    An error that all ranks raise is printed once: rank 0 prints it first, and the launcher then ends the other ranks.
-    Every other exception keeps its stack. On one of several ranks it ends the process at once; if the cause is another rank
-    that is gone, that rank is named.
+    If all ranks raise it, rank 0 prints it first, and the launcher then ends the other ranks.
+    Every other exception keeps its stack, with exit code 1. On one of several ranks it ends the process at once; if the
+    cause is a rank that is gone, that rank is named instead.
     """
     setup_logging()
     try:
@@ -32,7 +32,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:
-            time.sleep(SECONDS_FOR_FIRST_RANK)
+            time.sleep(SECONDS_FOR_RANK_ZERO)
         if os.environ.get("INFINI_DS_TRACEBACK") == "1":
             traceback.print_exception(error)
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
@@ -46,15 +46,15 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def abort(error: Exception) -> NoReturn:
-    """Say what is wrong on this rank, and end without waiting for threads and data workers that wait for others."""
+    """Print this rank's error and exit with code 1, without joining threads and workers that may wait for others."""
     rank = os.environ["RANK"]
     if is_communication_error(error):
         missing = ", ".join(map(str, missing_ranks())) or "another one, which answers again"
-        # Without gloo's place in its source, and its advice.
+        # Without the line of gloo's source that the message begins with, and the advice that it ends with.
         reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0].splitlines()[0]
         print(
-            f"error on rank {rank}: lost contact to rank {missing} ({reason}): see what that rank printed last; the "
-            "same command goes on from the last checkpoint",
+            f"error on rank {rank}: lost contact with rank {missing} ({reason}): see what that rank printed last; the "
+            "same command resumes from the last checkpoint",
             file=sys.stderr,
         )
     else:
@@ -65,19 +65,19 @@ def abort(error: Exception) -> NoReturn:
 
 
 def is_communication_error(error: Exception) -> bool:
-    """Whether a collective operation failed, for another rank that is gone or too late."""
+    """Return whether a collective failed because another rank is gone or did not join it in time."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
 
 
 def missing_ranks() -> list[int]:
-    """The ranks that do not answer to a roll call; rank 0 if nobody can hold it."""
+    """Return the ranks that do not answer a roll call on the store of rank 0; rank 0 itself if the store is gone."""
     env = os.environ
-    patience = timedelta(seconds=SECONDS_FOR_ROLL_CALL)
+    timeout = timedelta(seconds=SECONDS_FOR_ROLL_CALL)
     try:
-        store = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=patience)
-        store.set(f"here/{env['RANK']}", "")
+        store = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timeout)
+        store.set(f"present/{env['RANK']}", "")
         time.sleep(SECONDS_FOR_ROLL_CALL)
-        return [rank for rank in range(int(env["WORLD_SIZE"])) if not store.check([f"here/{rank}"])]
+        return [rank for rank in range(int(env["WORLD_SIZE"])) if not store.check([f"present/{rank}"])]
     except torch.distributed.DistError:
         return [0]

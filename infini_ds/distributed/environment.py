@@ -1,4 +1,4 @@
-"""Which process of the run this is, however it was started: `deepspeed`, `torchrun`, `srun`, or plain `python`."""
+"""Rank, world size and device of this process, whether `deepspeed`, `torchrun`, `srun` or plain `python` started it."""
 
 import os
 import socket
@@ -14,14 +14,18 @@ FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_STEP
 
 @dataclass(frozen=True)
 class DistEnv:
+    """The distributed environment: this process's rank among all ranks (`rank`) and on its node (`local_rank`)."""
+
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
+
+    is_first = is_rank_zero  # until all call sites have the other name
 
     @property
     def device(self) -> torch.device:
@@ -29,21 +33,23 @@ class DistEnv:
 
 
 def free_port() -> str:
+    """Return a TCP port that is free on this machine at this moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
 def detect_environment() -> DistEnv:
-    """Read this process's place from the environment and complete the environment for the libraries that read it.
+    """Read rank and world size from the environment, and set the variables that torch, DeepSpeed and streaming read.
 
     Raises:
-        UserError: several Slurm tasks, but no MASTER_ADDR.
+        UserError: the address of rank 0 is not set under Slurm, or this node has fewer GPUs than ranks.
     """
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
         for theirs, ours in FROM_SLURM.items():
             env[ours] = env[theirs]
+        # Such as "8(x4)" or "8,4". Every node has to have the same number of tasks.
         env["LOCAL_WORLD_SIZE"] = env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if int(env["WORLD_SIZE"]) > 1 and missing:
@@ -60,22 +66,23 @@ def detect_environment() -> DistEnv:
     if env["WORLD_SIZE"] == "1":
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", free_port())
-    process = DistEnv(*(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
-    if torch.cuda.is_available() and process.local_rank >= torch.cuda.device_count():
+    environment = DistEnv(*(int(env[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    if torch.cuda.is_available() and environment.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"rank {process.local_rank} of this node sees {torch.cuda.device_count()} GPUs: start one rank a GPU, and "
-            "let each see all of the node's (with Slurm --gres=gpu:N and not --gpus-per-task)"
+            f"rank {environment.local_rank} of this node sees {torch.cuda.device_count()} GPUs: start one rank for "
+            "each GPU, and let each see all of the node's (with Slurm --gres=gpu:N and not --gpus-per-task)"
         )
-    return process
+    return environment
 
 
-def set_cpu_threads(process: DistEnv) -> None:
+def set_cpu_threads(environment: DistEnv) -> None:
     """On the CPU, divide this node's cores among its ranks, unless Slurm has done so."""
-    if process.device.type == "cpu":
-        sharing = 1 if "SLURM_CPUS_PER_TASK" in os.environ else process.local_world_size
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
+    if environment.device.type == "cpu":
+        ranks = 1 if "SLURM_CPUS_PER_TASK" in os.environ else environment.local_world_size
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def shutdown() -> None:
+    """Destroy the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Whether the ranks of a run reach each other: they meet at the first one's address and add up a number."""
+"""Connectivity check: rendezvous and all-reduce across all ranks."""
 
 import os
 import socket
@@ -9,55 +9,62 @@ import torch
 import torch.distributed as dist
 
 from infini_ds.distributed.environment import DistEnv
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 
 
-def meet(process: DistEnv, seconds: float) -> str:
-    """Let all ranks meet; returns what was found, in words.
+def check_rendezvous(environment: DistEnv, seconds: float) -> str:
+    """Let all ranks find each other at MASTER_ADDR and sum a tensor; return ranks, hosts, backend and time as a phrase.
+
+    Leaves the process group open.
 
     Raises:
-        UserError: some have not come within `seconds`, or cannot compute together.
+        UserError: ranks are missing after `seconds`, or cannot communicate.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit, started = timedelta(seconds=seconds), time.monotonic()
-    # torchrun's own store stands at the port already.
-    hosts = process.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # Under torchrun a store listens at the port already.
+    is_host = environment.is_rank_zero and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = dist.TCPStore(address, port, process.world_size, hosts, limit, wait_for_workers=False)
-        store = dist.PrefixStore("doctor", store)
-        store.set(str(process.rank), socket.gethostname())
-    except Exception as error:  # of several kinds, by version
-        what = "cannot be listened at" if hosts else "cannot be reached"
+        tcp_store = dist.TCPStore(address, port, environment.world_size, is_host, limit, wait_for_workers=False)
+        store = dist.PrefixStore("doctor", tcp_store)
+        store.set(str(environment.rank), socket.gethostname())
+    except Exception as error:  # its type differs between versions of torch
+        what = "cannot be listened at" if is_host else "cannot be reached"
         raise UserError(
             f"MASTER_ADDR={address} MASTER_PORT={port} {what} from {socket.gethostname()} within {seconds:g} s: start "
-            "all ranks, name an address of the first node that the others reach, and a free port that is not closed"
+            "all ranks, and give an address of the first node that the others reach, with a free, open port"
         ) from error
-    names = [str(rank) for rank in range(process.world_size)]
+    names = [str(rank) for rank in range(environment.world_size)]
     while missing := [name for name in names if not store.check([name])]:
         if time.monotonic() - started > seconds:
             raise UserError(
-                f"rank {', '.join(missing)} of {process.world_size} did not come to {address}:{port} in {seconds:g} s: "
-                "look whether its node is up, sees that address, and has started as many ranks as the others"
+                f"rank {', '.join(missing)} of {environment.world_size} did not reach {address}:{port} in {seconds:g} "
+                "s: check that its node is up, resolves that address, and has started as many ranks as the others"
             )
         time.sleep(0.05)
-    backend = "nccl" if process.device.type == "cuda" else "gloo"
+    backend = "nccl" if environment.device.type == "cuda" else "gloo"
     try:
         if backend == "nccl":
-            torch.cuda.set_device(process.device)
-        dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size, timeout=limit)
-        total = torch.full((1 << 20,), float(process.rank), device=process.device)
+            torch.cuda.set_device(environment.device)
+        dist.init_process_group(
+            backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=limit
+        )
+        total = torch.full((1 << 20,), float(environment.rank), device=environment.device)
         dist.all_reduce(total)
         result = total[0].item()  # waits for the device
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         raise UserError(
-            f"the ranks meet, but cannot compute together by {backend} ({reason}): name the network interface that "
-            f"joins the nodes in {interface}" + (", and look at what NCCL_DEBUG=INFO says" if backend == "nccl" else "")
+            f"the ranks find each other, but cannot communicate by {backend} ({first_line(error)}): name the network "
+            f"interface that connects the nodes in {interface}"
+            + (", and see the output of NCCL_DEBUG=INFO" if backend == "nccl" else "")
         ) from error
-    if result != sum(range(process.world_size)):
-        raise UserError(f"{backend} added up the ranks to {result}, not {sum(range(process.world_size))}: its network "
-                         "or its version is at fault")  # fmt: skip
+    expected = sum(range(environment.world_size))
+    if result != expected:
+        raise UserError(
+            f"all-reduce by {backend} gave {result:g} instead of {expected}: use another version of {backend}, or "
+            "check the network"
+        )
     nodes = sorted({store.get(name).decode() for name in names})
     dist.barrier()
-    return f"{process.world_size} ranks on {', '.join(nodes)} by {backend}, in {time.monotonic() - started:.1f} s"
+    return f"{environment.world_size} ranks on {', '.join(nodes)} by {backend}, in {time.monotonic() - started:.1f} s"

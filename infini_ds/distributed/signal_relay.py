@@ -1,35 +1,40 @@
-"""A launcher that a signal to stop does not reach, so that it waits for its ranks and passes on their exit code."""
+"""Run a launcher that ignores the signals to stop, and relay them to its ranks."""
 
+import contextlib
 import signal
 import subprocess
-import threading
+from collections.abc import Mapping, Sequence
 
 import psutil
 
 from infini_ds.distributed.signals import SIGNALS
 
+SECONDS = 0.2  # between two looks whether the launcher has ended
 
-def run_graceful(command: list[str], environment: dict[str, str] | None = None) -> int:
-    """Run `command`, a launcher of ranks that listen by `GracefulShutdown`; returns its exit code, as a shell would give it.
+
+def run_graceful(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run `command`, a launcher of ranks that use `GracefulShutdown`; return its exit code as a shell would give it.
 
     By themselves `deepspeed` and `torchrun` die of the signals, or kill ranks that take longer than 30 seconds. A
-    blocked signal stays blocked in the processes that a process starts, so only the ranks take theirs. What reaches
-    this process alone is passed on to all below it; a Ctrl-C has reached them already, and ranks take two within a
-    second for one.
+    process inherits the signals that its parent blocks, so the launcher receives none, while the ranks wait for theirs.
+    A signal that reaches this process alone is relayed to all of its descendants. A Ctrl-C has reached them already;
+    ranks take two within a second for one.
+
+    Raises:
+        FileNotFoundError: the command does not exist.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    process = subprocess.Popen(command, env=environment)
+    try:
+        process = subprocess.Popen(command, env=environment)
+        while process.poll() is None:
+            if received := signal.sigtimedwait(SIGNALS, SECONDS):
+                _send_to_descendants(received.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
 
-    def pass_on() -> None:
-        while True:
-            number = signal.sigwait(SIGNALS)
-            for below in psutil.Process().children(recursive=True):
-                try:
-                    below.send_signal(number)
-                except psutil.NoSuchProcess:
-                    continue
 
-    threading.Thread(target=pass_on, daemon=True).start()
-    code = process.wait()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return 128 - code if code < 0 else code
+def _send_to_descendants(number: int) -> None:
+    for descendant in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendant.send_signal(number)

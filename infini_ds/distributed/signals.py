@@ -1,8 +1,8 @@
-"""Being told to stop: by a signal, or by the death of the launcher. All ranks finish the step, save, and end with 75.
+"""Graceful shutdown on signals, or when the launcher ends: all ranks finish the step, save, and exit with code 75.
 
-The signals are blocked in every thread, and in every process that a rank starts, and one thread waits for them. So
-none of them can end a data worker or break off a call into C, and a second Ctrl-C is heard even while a rank waits for
-another one. This module imports nothing heavy: a script listens before it imports torch.
+The signals are blocked in every thread, and in every process that a rank starts, and one thread waits for them. So none
+of them can end a data worker or interrupt a call into C, and a second Ctrl-C is received even while a rank waits for
+another one. This module imports nothing heavy, so that a script can listen before it imports torch.
 """
 
 import os
@@ -12,78 +12,93 @@ import threading
 import time
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
+
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-STOPPED_EARLY = os.EX_TEMPFAIL  # 75, the exit code of a run that has saved and is to be started again
+STOPPED_EARLY = os.EX_TEMPFAIL  # 75, the exit code of a run that has saved and can be resumed with the same command
 LAUNCHER_GONE = 255  # in place of a signal's number
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "graceful.py", "quickstart.py", "study.py")
-# For that process, of the shared memory that a rank which dies leaves: the next start of the run removes it.
-NO_LIST = "ignore::UserWarning:multiprocessing.resource_tracker"
-SAME_KEY = 1.0  # seconds in which two SIGINT are one Ctrl-C, which the terminal and a launcher passed on
+# Scripts and modules that start ranks and wait for them; deepspeed.launcher.runner starts deepspeed.launcher.launch.
+LAUNCHERS = {
+    *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"),
+    *("graceful.py", "quickstart.py", "study.py"),
+}
+# For the resource tracker: the shared memory of a rank that dies is removed at the next start of the run.
+NO_LEAK_WARNING = "ignore::UserWarning:multiprocessing.resource_tracker"
+SAME_CTRL_C = 1.0  # seconds in which two SIGINT are one Ctrl-C, sent by the terminal and by a launcher
 
 
 class GracefulShutdown:
-    """Whether this rank was told to stop, and whether all ranks have agreed on it."""
+    """Records a request to stop, and whether all ranks have agreed on it.
 
-    def __init__(self):
-        self.told = 0  # number of the signal that this rank got, or LAUNCHER_GONE
-        self.agreed = 0  # the same, as all ranks know it
-        self.at_work = False  # there are steps to save
+    Attributes:
+        received: number of the first signal that this rank received, LAUNCHER_GONE, or 0.
+        agreed: the same for all ranks, once they have exchanged it; 0 as long as training continues.
+        can_save: whether steps have been run that a checkpoint would save. Before that a signal ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.agreed = 0
+        self.can_save = False
 
     def listen(self) -> None:
-        """From now on signals stop the run in good order; the main thread has to call it before there are others."""
-        ours = set(SIGNALS)
+        """Handle signals from now on. To be called in the main thread, before other threads are started."""
+        handled = set(SIGNALS)
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # how a shell starts a job in the background
-            ours.remove(signal.SIGINT)
-        # Python starts this process with the first shared memory, and then unblocks SIGINT and SIGTERM here. It ignores
-        # those two itself; SIGUSR1 would end it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-        sys.warnoptions.append(NO_LIST)
+            handled.remove(signal.SIGINT)
+        # Python starts the resource tracker with the first shared memory, and unblocks SIGINT and SIGTERM in this
+        # process then. The tracker ignores those two, but SIGUSR1 would end it: so start it now, with all blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        sys.warnoptions.append(NO_LEAK_WARNING)
         resource_tracker.ensure_running()
-        sys.warnoptions.remove(NO_LIST)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-        threading.Thread(target=self._listen, args=(ours, _chain_of_launchers()), daemon=True).start()
+        sys.warnoptions.remove(NO_LEAK_WARNING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        threading.Thread(target=self._listen, args=(handled, _chain_of_launchers()), daemon=True).start()
 
-    def agree(self, device) -> bool:
-        """Whether any rank was told to stop; every rank has to ask at the same place."""
+    def agree(self, device: "torch.device") -> bool:
+        """Return whether any rank has received a signal. Collective: every rank asks at the same point."""
         if not self.agreed:
             import torch
             import torch.distributed as dist
 
-            told = torch.tensor(self.told, device=device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            self.agreed = int(told)
+            received = torch.tensor(self.received, device=device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            self.agreed = int(received)
         return bool(self.agreed)
 
     @property
     def reason(self) -> str:
+        """Why the run stops, such as "SIGTERM"."""
         return _name(self.agreed)
 
-    def _listen(self, ours: set[signal.Signals], chain: list[tuple[psutil.Process, int]]) -> None:
+    def _listen(self, handled: set[signal.Signals], chain: list[tuple[psutil.Process, int]]) -> None:
         interrupted_at = None
         while True:
-            info = signal.sigtimedwait(ours, 1.0)
+            info = signal.sigtimedwait(handled, 1.0)
             if info is None:
                 if any(_parent(child) != parent for child, parent in chain):
-                    self._tell(LAUNCHER_GONE)
+                    self._receive(LAUNCHER_GONE)
                 continue
             if info.si_signo == signal.SIGINT:
-                if interrupted_at and time.monotonic() - interrupted_at > SAME_KEY:
+                if interrupted_at and time.monotonic() - interrupted_at > SAME_CTRL_C:
                     os._exit(128 + signal.SIGINT)
                 interrupted_at = interrupted_at or time.monotonic()
-            self._tell(info.si_signo)
+            self._receive(info.si_signo)
 
-    def _tell(self, number: int) -> None:
-        if self.told:
+    def _receive(self, number: int) -> None:
+        if self.received:
             return
-        self.told = number
+        self.received = number
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            effect = "the run stops behind this step and saves" if self.at_work else "the run had not begun a step"
-            again = "; Ctrl-C once more ends it at once" if number == signal.SIGINT and self.at_work else ""
+            effect = "the run saves and stops after this step" if self.can_save else "the run had not begun a step"
+            again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT and self.can_save else ""
             print(f"{_name(number)}: {effect}{again}", file=sys.stderr, flush=True)
-        if not self.at_work:
+        if not self.can_save:
             os._exit(STOPPED_EARLY)
 
 
@@ -92,25 +107,27 @@ def _name(number: int) -> str:
 
 
 def _chain_of_launchers() -> list[tuple[psutil.Process, int]]:
-    """This process and the launchers above it, each with its parent as long as that is a launcher.
+    """Return this process and the launchers above it, each with its parent as long as that is a launcher.
 
-    SIGTERM to the `deepspeed` command ends it and leaves the ranks: they see it by the parent of their parent.
+    SIGTERM to the `deepspeed` command ends it and leaves the ranks running: they notice because the parent of their
+    parent changes.
     """
     chain, child = [], psutil.Process()
     try:
-        while (parent := child.parent()) and _is_launcher(parent.cmdline()):
+        while (parent := child.parent()) and is_launcher(parent.cmdline()):
             chain.append((child, parent.pid))
             child = parent
-    except psutil.Error:  # not ours to look at
+    except psutil.Error:  # a process of another user
         pass
     return chain
 
 
-def _is_launcher(command: list[str]) -> bool:
+def is_launcher(command: list[str]) -> bool:
+    """Return whether a command line is that of a launcher: Python with one of LAUNCHERS as script or module."""
     return (
         bool(command)
         and Path(command[0]).name.startswith("python")
-        and any(name in argument for argument in command[1:4] for name in LAUNCHERS)
+        and any(Path(argument).name in LAUNCHERS for argument in command[1:4])
     )
 
 

@@ -1,1 +1,1 @@
-"""What a trained model does: loss by position, generated text, the report of a run."""
+"""Evaluate models: tasks, one file each in `tasks/`; generated text; the report of a run."""

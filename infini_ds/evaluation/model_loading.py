@@ -1,9 +1,11 @@
-"""The model that is evaluated: an exported folder, a run, a checkpoint, or any causal model of Hugging Face."""
+"""Load the model to evaluate: an exported folder, a run, a checkpoint, or an external causal model of Hugging Face."""
 
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,59 +14,74 @@ from transformers.utils.logging import disable_progress_bar
 from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 
-# Of a configuration: what does not change what the model computes, and differs between a checkpoint and its export.
-NOT_THE_MODEL = (
+# Fields of a configuration that do not change what the model computes. They differ between a checkpoint and its export.
+NOT_HASHED = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
 )
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What evaluation.json records of the model."""
+
+    path: str
+    sha256: str
+    parameters: int
+    model_type: str
+
+
+@dataclass(frozen=True)
 class EvaluatedModel:
-    """path: as the user gave it. run: the run that it belongs to, if any. sha256: of weights and configuration."""
+    """A model in evaluation mode, with its tokenizer.
+
+    path: as the user gave it.
+    run: the run that it belongs to, or None.
+    results_folder: where its results are written unless the user names another folder.
+    sha256: of its weights and configuration.
+    """
 
     path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     run: Path | None
-    folder: Path
+    results_folder: Path
     sha256: str
 
-    def identity(self) -> str:
-        """Of the model and its tokenizer."""
+    @cached_property
+    def cache_key(self) -> str:
+        """A hash of the model and its tokenizer, on which every result depends."""
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         return hashlib.sha256(f"{self.sha256} {vocabulary}".encode()).hexdigest()
 
-    def facts(self) -> dict:
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "model_type": self.model.config.model_type,
-        }
+    @property
+    def facts(self) -> ModelFacts:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return ModelFacts(self.path, self.sha256, parameters, self.model.config.model_type)
 
 
-def load(name: str, device: torch.device) -> EvaluatedModel:
-    """The model in fp32 on `device`; `folder` is where its results belong.
+def load_evaluated_model(name: str, device: torch.device) -> EvaluatedModel:
+    """Return the model in fp32 on `device`.
 
     Raises:
-        UserError: there is no such model, here or on the hub, or it has no tokenizer.
+        UserError: no such model, in a folder or on the hub, or it has no tokenizer.
     """
-    if _is_foreign(name):
-        model, tokenizer = _load_foreign(name)
+    if _is_external(name):
+        model, tokenizer = _load_external(name)
         run, folder = None, Path(name) if Path(name).is_dir() else Path("runs", name.replace("/", "--"))
-        folder = folder / "evaluation"
+        results_folder = folder / "evaluation"
     else:
-        source = locate(name)
-        model, tokenizer, run = load_model(source), load_tokenizer(source), source.run
-        folder = (run or source.path) / "evaluation"
-        if source.path == source.checkpoint:
-            folder = folder / source.checkpoint.name
-    return EvaluatedModel(name, model.eval().to(device), tokenizer, run, folder, model_sha256(model))
+        location = locate(name)
+        model, tokenizer, run = load_model(location), load_tokenizer(location), location.run
+        results_folder = (run or location.path) / "evaluation"
+        if location.path == location.checkpoint:
+            results_folder = results_folder / location.checkpoint.name
+    return EvaluatedModel(name, model.eval().to(device), tokenizer, run, results_folder, model_sha256(model))
 
 
-def _is_foreign(name: str) -> bool:
+def _is_external(name: str) -> bool:
+    """Return whether a name is that of a model that this project has neither trained nor converted."""
     path = Path(name)
     if not path.is_dir():
         return True
@@ -74,29 +91,31 @@ def _is_foreign(name: str) -> bool:
     return json.loads(config.read_text()).get("model_type") != InfiniGPTNeoConfig.model_type
 
 
-def _load_foreign(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_external(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # OSError, ValueError, KeyError, errors of the hub's client: by what is wrong
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        where = "its files cannot be loaded" if Path(name).is_dir() else "there is no such folder, nor on the hub"
+    except Exception as error:  # OSError, ValueError, KeyError, errors of the hub's client, depending on what is wrong
+        problem = "its files cannot be loaded" if Path(name).is_dir() else "no such folder, nor a model on the hub"
         raise UserError(
-            f"{name}: {where} ({reason}): give an exported folder, a run, a checkpoint, or a causal language model of "
-            "Hugging Face with its tokenizer"
+            f"{name}: {problem} ({first_line(error)}): give an exported folder, a run, a checkpoint, or a causal "
+            "language model of Hugging Face with its tokenizer"
         ) from error
 
 
 def model_sha256(model: PreTrainedModel) -> str:
-    """Of the weights, one by one in the order of their names, and the configuration as far as it shapes the result: a
-    checkpoint and its export have the same."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
+    """Return the SHA-256 of the weights, in the order of their names, and of the configuration without NOT_HASHED.
+
+    A checkpoint and its export have the same.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_HASHED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def has_memory(model: PreTrainedModel) -> bool:
+def has_memory(model: PreTrainedModel) -> TypeGuard[InfiniGPTNeoForCausalLM]:
+    """Return whether the model has a compressive memory that can be switched off or swapped."""
     return isinstance(model, InfiniGPTNeoForCausalLM)

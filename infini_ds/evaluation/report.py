@@ -1,31 +1,40 @@
-"""The short report of a run: what it reached with the memory and without, a sample of its text, where things lie."""
+"""The report of a run: its losses with the memory on and off, a sample of its text, plots, and where its files are."""
 
 import json
 import math
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from infini_ds.checkpoint.manifest import read_manifest
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
-from infini_ds.evaluation import plots
-from infini_ds.evaluation.generation import prompt_ids
-from infini_ds.evaluation.position import binned, sources_of
+from infini_ds.evaluation.generation import prompt_inputs
+from infini_ds.evaluation.plots import plot_gates, plot_loss_by_position, plot_loss_curves
+from infini_ds.evaluation.tasks.position import bin_means, sources_of_run
 from infini_ds.metrics.metric_writers import read_metrics
+from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.validation import PositionLosses, position_losses
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.progress import ProgressBar
 
-BINS = 64  # points in the plot of loss by position, unless the sequence has fewer segments
+MAX_BINS = 64  # of the plot of loss by position
+MAX_LINES = 16  # of the table of loss by position
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 120
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was measured on a run's newest checkpoint, exported to `model`. Losses: nats a token; speed: of training."""
+class RunReport:
+    """What was measured on a run's newest checkpoint, which is exported to `model`.
+
+    step, tokens: of training. rows: validation rows that were evaluated. on, off: losses with the memory on and off, in
+    nats a token. tokens_per_second, mfu: of training, medians. metrics: all that the run recorded. data: the manifest
+    of each of its streams.
+    """
 
     run: Path
     model: Path
@@ -40,25 +49,28 @@ class Report:
     mfu: float
     prompt: str
     sample: str
-    metrics: list[dict]
-    data: list[dict]
+    metrics: list[dict[str, float]]
+    data: list[dict[str, Any]]
 
 
-def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
-    """Evaluate the run's newest checkpoint on `rows` of its validation rows (None: all); `model_folder` is its export.
+def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
+    """Evaluate the run's newest checkpoint on its first `rows` validation rows (None: all).
 
+    Args:
+        model_folder: its export, which the report names.
     Raises:
-        UserError: a folder is missing or unfinished.
+        UserError: the folder is not a run, or the run has no complete checkpoint.
     """
-    sources = sources_of(run)
+    sources = sources_of_run(run)
     metrics = read_metrics(run)
-    trained = [line for line in metrics if "speed/tokens_per_s" in line]
-    if not trained:
-        raise UserError(f"{run} has recorded no training step yet")
-    source = locate(run)
-    stands = read_manifest(source.checkpoint).state
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with_speed = [line for line in metrics if "speed/tokens_per_s" in line]
+    if not with_speed:
+        raise UserError(f"{run} has not recorded a training step yet")
+    location = locate(run)
+    assert location.checkpoint is not None  # it is a run
+    state = read_manifest(location.checkpoint).state
+    tokenizer = load_tokenizer(location)
+    model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
     validation = ValidationRows(sources)
     rows = min(rows or len(validation), len(validation))
     with ProgressBar("evaluating", 2 * rows) as progress:
@@ -68,20 +80,21 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
             )
             for use_memory in (True, False)
         )
-    middle = sorted(trained, key=lambda line: line["speed/tokens_per_s"])[len(trained) // 2]
-    prompt, sample = sample_text(model, tokenizer, validation)
-    return Report(
+    assert on is not None and off is not None  # nothing asked for a stop
+    median = sorted(with_speed, key=lambda line: line["speed/tokens_per_s"])[len(with_speed) // 2]
+    prompt, sample = generate_sample(model, tokenizer, validation)
+    return RunReport(
         run=run,
         model=model_folder,
         parameters=sum(p.numel() for p in model.parameters()),
         segment_length=model.config.segment_length,
-        step=stands.step,
-        tokens=stands.tokens,
+        step=state.step,
+        tokens=state.tokens,
         rows=rows,
         on=on,
         off=off,
-        tokens_per_second=middle["speed/tokens_per_s"],
-        mfu=middle["speed/mfu"],
+        tokens_per_second=median["speed/tokens_per_s"],
+        mfu=median["speed/mfu"],
         prompt=prompt,
         sample=sample,
         metrics=metrics,
@@ -89,39 +102,45 @@ def measure(run: Path, model_folder: Path, rows: int | None) -> Report:
     )
 
 
-def sample_text(model, tokenizer, validation: ValidationRows) -> tuple[str, str]:
-    """The start of the first validation document, and how the model goes on (seeded)."""
+def generate_sample(
+    model: InfiniGPTNeoForCausalLM, tokenizer: PreTrainedTokenizerBase, validation: ValidationRows
+) -> tuple[str, str]:
+    """Return the start of the first validation document, and the model's continuation with a fixed seed."""
     ids = validation[0]["input_ids"][1 : PROMPT_TOKENS + 1].tolist()
     prompt = tokenizer.decode(ids)
     torch.manual_seed(0)
-    inputs = prompt_ids(tokenizer, model, prompt)
+    inputs = prompt_inputs(tokenizer, model, prompt)
     output = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, top_p=0.95)
     return prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def write(report: Report) -> Path:
-    """Write `report.md` and its pictures into the run's folder; returns the file."""
+def write_report(report: RunReport, next_commands: Sequence[str]) -> Path:
+    """Write `report.md` and its plots to the run's folder, and return the file.
+
+    Args:
+        next_commands: what the reader can run next.
+    """
     run = report.run
-    plots.loss_curves(report.metrics, run / "loss.png")
+    plot_loss_curves(report.metrics, run / "loss.png")
     segments = -(-(len(report.on.loss) + 1) // report.segment_length)
-    width = report.segment_length * -(-segments // BINS)
-    middles, on = binned(report.on, width)
-    _, off = binned(report.off, width)
-    plots.loss_by_position(middles, on, off, report.segment_length, run / "loss_by_position.png")
-    plots.gates(report.metrics, run / "gates.png")
-    rows = [
+    width = report.segment_length * -(-segments // MAX_BINS)
+    middles, on = bin_means(report.on, width)
+    _, off = bin_means(report.off, width)
+    plot_loss_by_position(middles, on, off, report.segment_length, run / "loss_by_position.png")
+    plot_gates(report.metrics, run / "gates.png")
+    lines = [
         f"| {middle:,.0f} | {a:.4f} | {b:.4f} | {b - a:+.4f} |" for middle, a, b in zip(middles, on, off, strict=True)
     ]
-    shown = rows if len(rows) <= 16 else rows[:: -(-len(rows) // 16)]
+    shown = lines[:: -(-len(lines) // MAX_LINES)]
     text = f"""# {run.name}
 
-{chr(10).join(f"- {name}: {value}" for name, value in facts(report))}
+{chr(10).join(f"- {name}: {value}" for name, value in report_facts(report))}
 
 ![Loss over the steps](loss.png)
 
 ![Loss by position](loss_by_position.png)
 
-| position | loss | memory off | gained |
+| position | loss | memory off | gain |
 |---:|---:|---:|---:|
 {chr(10).join(shown)}
 
@@ -134,7 +153,7 @@ The prompt is the beginning of the first validation document.
 
 ## What next
 ```sh
-{chr(10).join(next_commands(report))}
+{chr(10).join(next_commands)}
 ```
 """
     (run / "report.md").write_text(text)
@@ -142,22 +161,22 @@ The prompt is the beginning of the first validation document.
 
 
 def quote(text: str) -> str:
+    """Return text that Markdown shows as it is, inside a quotation."""
     escaped = (
         text.replace("\\", "\\\\").replace("*", "\\*").replace("_", "\\_").replace("<", "&lt;").replace("`", "\\`")
     )
     return escaped.replace("\n", "  \n> ")
 
 
-def facts(report: Report) -> list[tuple[str, str]]:
-    """What the report says in words, as (name, value)."""
+def report_facts(report: RunReport) -> list[tuple[str, str]]:
+    """Return the lines of the report, as (name, value)."""
     on, off = report.on.mean, report.off.mean
+    trained_on = "; ".join(
+        f"{manifest['options']['source']}: {manifest['train']['tokens']:,} training tokens" for manifest in report.data
+    )
     return [
         ("model", f"{report.parameters / 1e6:.1f}M parameters, segments of {report.segment_length} tokens"),
-        (
-            "data",
-            "; ".join(f"{one['options']['source']}: {one['train']['tokens']:,} training tokens" for one in report.data)
-            + f"; in rows of {report.data[0]['sequence_length']:,}",
-        ),
+        ("data", f"{trained_on}; in rows of {report.data[0]['sequence_length']:,}"),
         ("trained", f"{report.step:,} steps, {report.tokens:,} tokens"),
         ("validation loss", f"{on:.4f} (perplexity {math.exp(on):.2f})"),
         ("with the memory off", f"{off:.4f} (perplexity {math.exp(off):.2f})"),
@@ -168,20 +187,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-def next_commands(report: Report) -> list[str]:
-    model, run, runs = (shlex.quote(str(path)) for path in (report.model, report.run, report.run.parent))
-    prompt = shlex.quote(" ".join(report.prompt.split()[:4]))
-    return [
-        f"python launch/generate.py {model} --prompt {prompt}",
-        f"tensorboard --logdir {runs}",
-        f"deepspeed launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
-    ]
-
-
-def show(report: Report, file: Path) -> None:
-    """Print the report's facts and its sample."""
-    width = max(len(name) for name, _ in facts(report))
-    print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in [*facts(report), ("report", str(file))]))
-    print(f"\n--- a sample: the model goes on from {PROMPT_TOKENS} tokens of a validation document")
+def print_report(report: RunReport, file: Path, next_commands: Sequence[str]) -> None:
+    """Print the report's lines, its sample, and what to run next."""
+    lines = [*report_facts(report), ("report", str(file))]
+    width = max(len(name) for name, _ in lines)
+    print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in lines))
+    print(f"\n--- a sample: the model continues the first {PROMPT_TOKENS} tokens of a validation document")
     print(f"{report.prompt}⟦{report.sample}⟧")
-    print("\n--- try next\n" + "\n".join(next_commands(report)), flush=True)
+    print("\n--- try next\n" + "\n".join(next_commands), flush=True)

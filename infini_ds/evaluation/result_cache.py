@@ -1,91 +1,99 @@
-"""What the tasks of one call share: which parts earlier calls have finished, and how much runs at a time."""
+"""Cache of finished parts of evaluation tasks, so that a call that was killed resumes and nothing is computed twice."""
 
-import hashlib
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import infini_ds
 from infini_ds.distributed import collectives
+from infini_ds.evaluation.serialization import from_json
+from infini_ds.utils.atomic import write_json_atomic
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.hashing import sha256_of_json
 
-EVALUATION = "evaluation.json"
-PARTS = "parts.json"  # finished parts, by a hash of all that decides them
+CACHE_FILE = "parts.json"  # finished parts, by their cache key
+Options = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ResultCache:
-    """folder: of the results. model: a hash of it and of its tokenizer. batch_tokens: computed at a time, which no
-    result depends on."""
+    """The finished parts of one model's evaluation, in `folder`/parts.json.
+
+    The key of a part is a hash of its name, its options, the model and the version of infini_ds. Rank 0 reads and
+    writes the file, the other ranks get its content by broadcast.
+
+    Args:
+        model: hash of the model and its tokenizer.
+    """
 
     folder: Path
     model: str
-    batch_tokens: int
 
-    def part(self, name: str, options: dict[str, Any], compute: Callable[[], dict]) -> dict:
-        """The result of `compute()`, which runs on every rank unless an earlier call has finished this part.
+    def get_or_compute(self, name: str, options: Options, result_type: type[T], compute: Callable[[], T]) -> T:
+        """Return the cached result of a part, or that of `compute()`, which then runs on every rank.
 
-        `options`: all that the result depends on besides the model and this package's version.
+        Args:
+            options: cache-key options: all that the result depends on besides the model and the version.
+            result_type: a dataclass.
         """
-        done = self._done({name: options})
-        if name not in done:
-            done[name] = compute()
-            self._keep(name, options, done[name])
-        return done[name]
+        finished = self._finished({name: options}, result_type)
+        if name not in finished:
+            finished[name] = compute()
+            self._store(name, options, finished[name])
+        return finished[name]
 
-    def parts(self, options: dict[str, dict[str, Any]], compute: Callable[[str], dict]) -> dict[str, dict]:
-        """The results of parts that are not shared out, by name, in any order: one rank computes a part, and others
-        another one at the same time. `options`: of each part.
+    def get_or_compute_all(
+        self, options: Mapping[str, Options], result_type: type[T], compute: Callable[[str], T]
+    ) -> dict[str, T]:
+        """Return the results of several parts by name, each computed by one rank, different parts at the same time.
+
+        Args:
+            options: cache-key options of each part, in the order in which to compute them.
+            compute: gets the name of a part.
         """
-        done = self._done(options)
-        waiting = [name for name in options if name not in done]
-        for at in range(0, len(waiting), collectives.world_size()):
-            some = waiting[at : at + collectives.world_size()]
-            results = collectives.gather_items([compute(name) for name in collectives.split_across_ranks(some)])
-            for name, result in zip(some, results, strict=True):
-                self._keep(name, options[name], result)
-                done[name] = result
-        return done
+        finished = self._finished(options, result_type)
+        missing = [name for name in options if name not in finished]
+        ranks = collectives.world_size()
+        for first in range(0, len(missing), ranks):
+            names = missing[first : first + ranks]  # one for each rank
+            results = collectives.gather_items([compute(name) for name in collectives.split_across_ranks(names)])
+            for name, result in zip(names, results, strict=True):
+                self._store(name, options[name], result)
+                finished[name] = result
+        return finished
 
-    def _done(self, options: dict[str, dict[str, Any]]) -> dict[str, dict]:
-        """What earlier calls have finished of these parts, on every rank."""
-        kept = self._read() if collectives.is_rank_zero() else {}
-        keys = {name: self._key(name, its) for name, its in options.items()}
-        return collectives.broadcast_object({name: kept[key]["result"] for name, key in keys.items() if key in kept})
+    def _finished(self, options: Mapping[str, Options], result_type: type[T]) -> dict[str, T]:
+        """Return the parts that earlier calls have finished, the same on every rank."""
+        stored = collectives.broadcast_from_rank_zero(self._read)
+        keys = {name: self._key(name, options[name]) for name in options}
+        return {name: from_json(result_type, stored[key]["result"]) for name, key in keys.items() if key in stored}
 
-    def _keep(self, name: str, options: dict[str, Any], result: dict) -> None:
+    def _store(self, name: str, options: Options, result: Any) -> None:
         if collectives.is_rank_zero():
-            write_json(self.folder / PARTS, self._read() | {self._key(name, options): {"part": name, "result": result}})
+            parts = self._read() | {self._key(name, options): {"part": name, "result": asdict(result)}}
+            write_json(self.folder / CACHE_FILE, parts)
 
-    def _key(self, name: str, options: dict[str, Any]) -> str:
-        decides = {"part": name, "model": self.model, "version": infini_ds.__version__, "options": options}
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    def _key(self, name: str, options: Options) -> str:
+        return sha256_of_json(
+            {"part": name, "model": self.model, "version": infini_ds.__version__, "options": dict(options)}
+        )
 
-    def _read(self) -> dict:
-        file = self.folder / PARTS
+    def _read(self) -> dict[str, Any]:
+        file = self.folder / CACHE_FILE
         return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def earlier_tasks(folder: Path, model: str) -> dict:
-    """What earlier calls have found of this very model, by task."""
-    file = folder / EVALUATION
-    earlier = json.loads(file.read_text()) if file.is_file() else None
-    return earlier["tasks"] if earlier and earlier["model"]["sha256"] == model else {}
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Whole or not at all.
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file of the results folder, which is created if needed.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, file)
+        write_json_atomic(file, content)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}): name another folder, with --out") from error

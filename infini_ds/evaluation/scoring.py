@@ -1,158 +1,147 @@
-"""What a model makes of a batch, under each setting of its memory; models without one take part as they are.
+"""Per-token scores with the memory on, off or swapped; models without a memory are scored as they are.
 
 Shapes: B rows, T tokens in a row, V vocabulary.
 """
 
-from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_ds.data.batches import micro_batches
+from infini_ds.data.batches import Batch, ModelInputs, pad_documents
 from infini_ds.evaluation.model_loading import has_memory
 from infini_ds.model.loss import IGNORE_INDEX
 
-SETTINGS = ("on", "off", "other")  # the memory as it is, switched off, and that of another document
-LOGITS = 2**27  # numbers of logits at a time, of models that know no other way: 512 MiB in fp32
+MEMORY_SETTINGS = ("on", "off", "other")  # the memory as it is, switched off, and that of another document
+MAX_LOGITS = 2**27  # that exist at a time in models that return all of them: 512 MiB in fp32
+Span = tuple[int, int]  # tokens [begin, end) of a row
 
 
-def settings(model: PreTrainedModel) -> tuple[str, ...]:
-    return SETTINGS if has_memory(model) else SETTINGS[:1]
+def memory_settings(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the settings of the memory in which a model can be evaluated."""
+    return MEMORY_SETTINGS if has_memory(model) else MEMORY_SETTINGS[:1]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model takes; None without a limit."""
+    """Return how many tokens the model can read, or None for any number."""
     return None if has_memory(model) else getattr(model.config, "max_position_embeddings", None)
 
 
-def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Rows of tokens, each a document, padded at their ends."""
-    T = max(map(len, rows))
-    input_ids = torch.zeros(len(rows), T, dtype=torch.long)
-    for row, ids in zip(input_ids, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    mask = torch.arange(T) < torch.tensor([len(ids) for ids in rows])[:, None]
-    labels = input_ids.masked_fill(~mask, IGNORE_INDEX)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.long(),
-        "document_ids": torch.zeros_like(input_ids),
-        "labels": labels,
-    }
+def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Return the indices of rows in batches of rows of similar length.
 
-
-def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Numbers of rows in batches of up to `tokens`, padding included, or of one row; rows of like length together."""
+    A batch has up to `batch_tokens` tokens, padding included, or a single row.
+    """
     batches: list[list[int]] = []
     longest = 0
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > tokens:
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
             batches.append([])
-            longest = lengths[number]
-        batches[-1].append(number)
+            longest = lengths[index]
+        batches[-1].append(index)
     return batches
 
 
 @torch.no_grad()
-def token_losses(
-    model: PreTrainedModel, batch: dict[str, Tensor], memory: str = "on", other: dict[str, Tensor] | None = None
-) -> Tensor:
-    """-log p of each token behind the first, (B, T - 1) on the model's device; 0 where the label does not count.
+def token_losses(model: PreTrainedModel, batch: Batch, memory: str = "on", other: Batch | None = None) -> Tensor:
+    """Return -log p of each token after the first, (B, T - 1) on the model's device; 0 where the label is ignored.
 
     Args:
-        batch: as `infini_ds.data.batches.collate` makes it, padded at the end.
-        memory: one of SETTINGS; with "other" each row reads the memory that the row of `other`, a batch alike, has
-            before the same segment.
+        batch: padded at the end.
+        memory: one of MEMORY_SETTINGS. With "other", each row reads the memory that the same row of `other`, a batch of
+            the same shape, has before the same segment.
     """
     if not has_memory(model):
         return _losses_in_windows(model, batch)
-    part, options = _with_other(model, batch, memory, other)
-    output = model(**part, **options, loss_reduction="none", return_logits=False)
-    return output.loss[: len(batch["input_ids"])]
+    inputs, options = _with_other(model, batch, memory, other)
+    output = model(**inputs, **options, loss_reduction="none", return_logits=False)
+    return output.loss[: len(batch)]
 
 
 def _with_other(
-    model: PreTrainedModel, batch: dict[str, Tensor], memory: str, other: dict[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict]:
-    """Arguments of the model for `batch`, with the rows of `other` behind its own where they are needed."""
-    options = {"use_memory": memory != "off"}
+    model: PreTrainedModel, batch: Batch, memory: str, other: Batch | None
+) -> tuple[ModelInputs, dict[str, Any]]:
+    """Return the model's arguments for `batch`, followed by the rows of `other` if their memory is read."""
+    options: dict[str, Any] = {"use_memory": memory != "off"}
     if memory == "other":
-        B = len(batch["input_ids"])
-        batch = {name: torch.cat([values, other[name]]) for name, values in batch.items()}
+        assert other is not None
+        B = len(batch)
+        batch = batch + other
         options["memory_of"] = torch.arange(B, 2 * B, device=model.device).repeat(2)
-    (part,) = micro_batches(batch, len(batch["input_ids"]), model.device)
-    return part, options
+    (inputs,) = batch.micro_batches(len(batch), model.device)
+    return inputs, options
 
 
-def _losses_in_windows(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Each document by itself, in windows of as many tokens as the model takes."""
-    ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
-    pieces = _windows(batch, context_length(model))
+def _losses_in_windows(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the losses of a model without a memory. It reads each document by itself, in windows of its context."""
+    ids, labels = batch.input_ids.to(model.device), batch.labels.to(model.device)
+    windows = _windows(batch, context_length(model))
     losses = torch.zeros(ids.shape[0], ids.shape[1] - 1, device=model.device)
-    longest = max(last - first for _, first, last in pieces)
-    rows = max(1, LOGITS // (longest * model.config.vocab_size))
-    for at in range(0, len(pieces), rows):
-        some = pieces[at : at + rows]
-        part = batch_of([ids[row, first:last].tolist() for row, first, last in some])
+    longest = max(end - begin for _, (begin, end) in windows)
+    windows_at_once = max(1, MAX_LOGITS // (longest * model.config.vocab_size))
+    for first in range(0, len(windows), windows_at_once):
+        some = windows[first : first + windows_at_once]
+        inputs = pad_documents([ids[row, begin:end].tolist() for row, (begin, end) in some])
         logits = model(
-            input_ids=part["input_ids"].to(model.device), attention_mask=part["attention_mask"].to(model.device)
+            input_ids=inputs.input_ids.to(model.device), attention_mask=inputs.full_attention_mask().to(model.device)
         ).logits.float()
-        for (row, first, last), of_piece in zip(some, logits, strict=True):
-            targets = labels[row, first + 1 : last + 1]  # the token behind the piece too, if there is one
-            losses[row, first : first + len(targets)] = F.cross_entropy(
-                of_piece[: len(targets)], targets, ignore_index=IGNORE_INDEX, reduction="none"
+        for (row, (begin, end)), window_logits in zip(some, logits, strict=True):
+            targets = labels[row, begin + 1 : end + 1]  # includes the token after the window, if the row has one
+            losses[row, begin : begin + len(targets)] = F.cross_entropy(
+                window_logits[: len(targets)], targets, ignore_index=IGNORE_INDEX, reduction="none"
             )
     return losses
 
 
-def _windows(batch: dict[str, Tensor], most: int | None) -> list[tuple[int, int, int]]:
-    """(row, first, last) of every document's windows of up to `most` tokens."""
-    pieces = []
-    for row, (mask, documents) in enumerate(zip(batch["attention_mask"], batch["document_ids"], strict=True)):
-        length = int(mask.sum())
-        starts = [0, *(documents[1:length] != documents[: length - 1]).nonzero().flatten().add(1).tolist(), length]
-        for start, end in pairwise(starts):
-            step = most or end - start
-            pieces += [(row, first, min(first + step, end)) for first in range(start, end, step)]
-    return pieces
+def _windows(batch: Batch, max_length: int | None) -> list[tuple[int, Span]]:
+    """Return (row, span) of the windows of up to `max_length` tokens that each document is cut into."""
+    windows = []
+    for row, documents in enumerate(batch.document_spans()):
+        for start, end in documents:
+            step = max_length or end - start
+            windows += [(row, (begin, min(begin + step, end))) for begin in range(start, end, step)]
+    return windows
 
 
 @torch.no_grad()
-def answered(
+def greedy_answers(
     model: PreTrainedModel,
-    batch: dict[str, Tensor],
-    answers: list[list[tuple[int, int]]],
+    batch: Batch,
+    answers: list[list[Span]],
     memory: str = "on",
-    other: dict[str, Tensor] | None = None,
+    other: Batch | None = None,
 ) -> list[list[bool]]:
-    """Whether each token of each answer is the likeliest one behind all before it, which is whether greedy decoding
-    gives the answer. A model with a longest context sees the end of what comes before, as much as it takes.
+    """Return for each answer whether greedy decoding gives it.
+
+    That is the case if each of its tokens is the likeliest one after the true tokens before it, which one forward pass
+    tells. A model with a limited context reads the last tokens that fit.
 
     Args:
-        batch, memory, other: as for `token_losses`; answers: of each row, where they stand: [begin, end).
+        batch, memory, other: as for `token_losses`.
+        answers: where the answers of each row are.
     """
     places = [(row, at) for row, spans in enumerate(answers) for begin, end in spans for at in range(begin, end)]
-    row, at = torch.tensor(places).unbind(1)
+    rows, positions = torch.tensor(places).unbind(1)
     if has_memory(model):
-        part, options = _with_other(model, batch, memory, other)
-        del part["labels"]
-        hidden = model.transformer(**part, **options).last_hidden_state
-        likeliest = model.lm_head(hidden[row, at - 1]).argmax(-1).cpu()
+        inputs, options = _with_other(model, batch, memory, other)
+        without_labels = {name: values for name, values in inputs.items() if name != "labels"}
+        hidden = model.transformer(**without_labels, **options).last_hidden_state
+        predicted = model.lm_head(hidden[rows, positions - 1]).argmax(-1).cpu()
     else:
-        likeliest = _likeliest_in_window(model, batch, answers)[row, at - 1]
-    hits = (likeliest == batch["input_ids"][row, at]).tolist()
-    right = {place for place, hit in zip(places, hits, strict=True) if hit}
-    return [[all((row, at) in right for at in range(*span)) for span in spans] for row, spans in enumerate(answers)]
+        predicted = _predictions_in_window(model, batch, answers)[rows, positions - 1]
+    matches = (predicted == batch.input_ids[rows, positions]).tolist()
+    correct = {place for place, match in zip(places, matches, strict=True) if match}
+    return [[all((row, at) in correct for at in range(*span)) for span in spans] for row, spans in enumerate(answers)]
 
 
-def _likeliest_in_window(model: PreTrainedModel, batch: dict[str, Tensor], answers: list) -> Tensor:
-    """(B, T) the likeliest token behind each one of the model's last window, on the CPU."""
-    ids, likeliest = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORE_INDEX)
+def _predictions_in_window(model: PreTrainedModel, batch: Batch, answers: list[list[Span]]) -> Tensor:
+    """Return the likeliest next token at each position of the model's last window, (B, T) on the CPU."""
+    ids, predicted = batch.input_ids, torch.full_like(batch.input_ids, IGNORE_INDEX)
     for row, spans in enumerate(answers):
-        last = spans[-1][1] - 1
-        first = max(0, last - (context_length(model) or last))
-        logits = model(input_ids=ids[row : row + 1, first:last].to(model.device)).logits
-        likeliest[row, first:last] = logits[0].argmax(-1).cpu()
-    return likeliest
+        end = spans[-1][1] - 1  # the last token of the last answer is not read
+        begin = max(0, end - (context_length(model) or end))
+        logits = model(input_ids=ids[row : row + 1, begin:end].to(model.device)).logits
+        predicted[row, begin:end] = logits[0].argmax(-1).cpu()
+    return predicted

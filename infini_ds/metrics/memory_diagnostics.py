@@ -1,4 +1,6 @@
-"""Whether the memory is in good health: its gates, the norms of M and z, and what it gains. A sentence for each ill."""
+"""Diagnostics of the memory: gates, norms of the state, gain in loss. One warning for each problem found."""
+
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -6,76 +8,77 @@ from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.config.recipe import Recipe
 from infini_ds.metrics.metric_writers import read_metrics
 
-ALIKE = 0.01  # between the smallest gate and the largest
-REACH = 1.0  # that a gate beta could have moved before gates that are alike say anything
-PINNED = 0.01  # this close to 0 or 1 the gradient of a gate is a 25th of that at 1/2, or less
-GROWN = 10.0  # times what a norm was once the first tenth of the steps was made
+MIN_SPREAD = 0.01  # between the smallest gate and the largest, below which all gates are alike
+MIN_REACH = 1.0  # that a gate's beta could have moved before a small spread is a problem
+SATURATION = 0.01  # this close to 0 or 1 the gradient of a gate is a 25th of that at 1/2, or less
+MAX_GROWTH = 10.0  # of a norm, relative to its value after the first tenth of the steps
 
 
 def gate_metrics(gates: Tensor) -> dict[str, float]:
-    """Of the (layers, H) gates: the spread of all, and the share that is pinned near 0 or 1."""
-    pinned = (gates < PINNED) | (gates > 1 - PINNED)
+    """Return the spread of all (layers, H) gates, and the share of them that is saturated, near 0 or 1."""
+    saturated = (gates < SATURATION) | (gates > 1 - SATURATION)
     return {
         "memory/gate_spread": (gates.max() - gates.min()).item(),
-        "memory/gates_pinned": pinned.float().mean().item(),
+        "memory/gates_pinned": saturated.float().mean().item(),
     }
 
 
 class MemoryDiagnostics:
-    """Looks at the figures that a run records, and says each thing once."""
+    """Looks for problems in the metrics that a run records; warns of each kind once."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self._said: set[str] = set()
-        self._reference: dict[str, float] = {}
+        self._warned: set[str] = set()
+        self._baseline: dict[str, float] = {}  # norms, by the metric's name
         for line in read_metrics(recipe.folder):
-            self._learn(line["step"], line)
+            self._update_baseline(line["step"], line)
 
-    def hints(self, step: int, figures: dict[str, float]) -> list[str]:
-        """Sentences on the figures of one step, of training or of validation; each kind once."""
-        self._learn(step, figures)
-        return [sentence for kind, sentence in self._ills(step, figures) if self._is_new(kind)]
+    def warnings(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """Return a sentence for each new problem in the metrics of one step, of training or of validation."""
+        self._update_baseline(step, metrics)
+        new: dict[str, str] = {}
+        for kind, sentence in self._problems(step, metrics):
+            if kind not in self._warned:
+                new.setdefault(kind, sentence)
+        self._warned |= new.keys()
+        return list(new.values())
 
-    def _learn(self, step: int, figures: dict[str, float]) -> None:
+    def _update_baseline(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep the first norms after a tenth of the steps, and after the warm-up."""
         if step >= max(self.recipe.steps // 10, self.recipe.schedule.warmup_steps):
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 if "_norm/" in name:
-                    self._reference.setdefault(name, value)
+                    self._baseline.setdefault(name, value)
 
-    def _ills(self, step: int, figures: dict[str, float]):
+    def _problems(self, step: int, metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
         rate = self.recipe.optimizer.gate_learning_rate
-        spread, pinned = figures.get("memory/gate_spread"), figures.get("memory/gates_pinned")
-        if pinned is not None and pinned >= 0.5:
+        spread, saturated = metrics.get("memory/gate_spread"), metrics.get("memory/gates_pinned")
+        if saturated is not None and saturated >= 0.5:
             yield (
-                "pinned",
-                f"{pinned:.0%} of the gates are within {PINNED} of 0 or 1, where they hardly learn: lower "
+                "saturated",
+                f"{saturated:.0%} of the gates are within {SATURATION} of 0 or 1, where they hardly learn: lower "
                 f"optimizer.gate_learning_rate={rate}",
             )
-        elif spread is not None and spread < ALIKE and gate_reach(self.recipe, step) > REACH:
+        elif spread is not None and spread < MIN_SPREAD and gate_reach(self.recipe, step) > MIN_REACH:
             yield (
                 "alike",
                 f"all gates are alike, within {spread:.4f}: no head has chosen between memory and local attention; "
                 f"raise optimizer.gate_learning_rate={rate}, or give rows of more segments",
             )
-        for name, value in figures.items():
-            before = self._reference.get(name, 0)
-            if before and value > GROWN * before:
+        for name, value in metrics.items():
+            before = self._baseline.get(name, 0)
+            if before and value > MAX_GROWTH * before:
                 _, norm, layer = name.split("/")
                 yield (
                     norm,
-                    f"the norm of {norm[0]} in {layer} has grown from {before:.3g} to {value:.3g}: if it goes on, "
-                    f"lower optimizer.learning_rate={self.recipe.optimizer.learning_rate}, or take "
-                    "model.memory_rule=delta",
+                    f"the norm of {norm.removesuffix('_norm')} in {layer} has grown from {before:.3g} to {value:.3g}: "
+                    f"if it grows further, lower optimizer.learning_rate={self.recipe.optimizer.learning_rate}, or "
+                    "set model.memory_rule=delta",
                 )
-        gained = figures.get("validation/gained_by_memory")
+        gained = metrics.get("validation/gained_by_memory")
         if gained is not None and gained < 0 and step >= max(self.recipe.steps // 10, 1):
             yield (
                 "gained",
-                f"the memory costs {-gained:.4f} of loss on the validation rows, rather than gaining any: if it stays "
-                f"so, raise optimizer.gate_learning_rate={rate} to let heads leave it, or train on longer documents",
+                f"the memory raises the validation loss by {-gained:.4f}: if this persists, raise "
+                f"optimizer.gate_learning_rate={rate}, so that heads can turn it down, or train on longer documents",
             )
-
-    def _is_new(self, kind: str) -> bool:
-        new = kind not in self._said
-        self._said.add(kind)
-        return new

@@ -1,27 +1,33 @@
-"""What a run records: TensorBoard events for the eye, `metrics.jsonl` for the report and other programs."""
+"""Metric files of a run: TensorBoard events to look at, `metrics.jsonl` for reports and other programs."""
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.memory_rule import State, state_tensors
+from infini_ds.utils.atomic import write_text_atomic
 
 FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes `name -> value` at a step. After a resume, what was recorded beyond the checkpoint is written over."""
+    """Writes `name -> value` at a step. Opening it removes what was recorded of steps after `first_step`.
+
+    Args:
+        run: the run's folder, created if it does not exist.
+        first_step: the step that the run stands at; at 0 everything recorded before is removed.
+    """
 
     def __init__(self, run: Path, first_step: int):
         run.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(line) for line in read_metrics(run) if first_step and line["step"] <= first_step]
-        partial = run / (FILE + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, run / FILE)
+        write_text_atomic(run / FILE, "".join(line + "\n" for line in kept))
         self._file = (run / FILE).open("a", buffering=1)
         self._board = SummaryWriter(str(run), purge_step=first_step + 1 if first_step else 0)
 
@@ -30,7 +36,7 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
         self._board.add_histogram(name, values, step)
 
     def close(self) -> None:
@@ -39,7 +45,7 @@ class MetricWriter:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines recorded so far; the last one of a run that was killed may be broken off and is left out."""
+    """Return the lines recorded so far, without an incomplete last line, which a run that was killed leaves."""
     lines = []
     if (run / FILE).exists():
         for line in (run / FILE).read_text().splitlines():
@@ -50,18 +56,23 @@ def read_metrics(run: Path) -> list[dict]:
     return lines
 
 
-def gates(model: InfiniGPTNeoForCausalLM) -> torch.Tensor:
-    """(layers, H) sigmoid(beta), the share of the memory in each head's output."""
-    return torch.stack([torch.sigmoid(layer.attention.beta.detach().float()) for layer in model.transformer.h]).cpu()
+def gates(model: InfiniGPTNeoForCausalLM) -> Tensor:
+    """Return (layers, H) sigmoid(beta), the weight of the memory in each head's output, on the CPU."""
+    layers: Any = model.transformer.h
+    return torch.stack([torch.sigmoid(layer.attention.beta.detach().float()) for layer in layers]).cpu()
 
 
-def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: tuple[State, ...]) -> dict[str, float]:
-    """Each head's gate, and each layer's norms of its state (M, z) at the end of a row, averaged over rows and heads."""
-    values = {}
-    for layer, of_heads in enumerate(gates(model).tolist()):
-        values |= {f"gate/layer_{layer}/head_{head}": gate for head, gate in enumerate(of_heads)}
+def memory_metrics(model: InfiniGPTNeoForCausalLM, memory: Sequence[State]) -> dict[str, float]:
+    """Return each head's gate, and the norm of each tensor of each layer's state, averaged over rows and heads.
+
+    Args:
+        memory: each layer's state at the end of a row; its tensors are (B, H, ...).
+    """
+    values: dict[str, float] = {}
+    for layer, gates_of_heads in enumerate(gates(model).tolist()):
+        values |= {f"gate/layer_{layer}/head_{head}": gate for head, gate in enumerate(gates_of_heads)}
     for layer, state in enumerate(memory):
-        for name, x in state_tensors(state).items():
-            norm = x.detach().norm(dim=tuple(range(min(2, x.dim() - 1), x.dim())))
-            values[f"memory/{name}_norm/layer_{layer}"] = norm.mean().item()
+        for name, tensor in state_tensors(state).items():
+            norms = tensor.detach().norm(dim=tuple(range(min(2, tensor.dim() - 1), tensor.dim())))
+            values[f"memory/{name}_norm/layer_{layer}"] = norms.mean().item()
     return values

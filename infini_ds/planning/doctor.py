@@ -10,15 +10,16 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from data_prep.options import byte_count
-from infini_ds.config.model_config import model_config
-from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
-from infini_ds.data.sources import Source, check_cache_limit, find_sources
-from infini_ds.data.streams import AHEAD
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import Recipe
+from infini_ds.config.resolve import resolve
+from infini_ds.data.sources import DataSource
 from infini_ds.distributed.environment import DistEnv
+from infini_ds.model import InfiniGPTNeoConfig
 from infini_ds.planning.memory_estimate import parameters
-from infini_ds.streaming_compat.shards import UNFINISHED, is_whole
-from infini_ds.streaming_compat.shared_memory import SHM, find_kept, remove_stale
+from infini_ds.streaming_compat.shm_prefix import SHM
+from infini_ds.streaming_compat.stale_memory import find_shared_files, remove_stale
+from infini_ds.streaming_compat.stream import UNFINISHED, is_intact
 from infini_ds.utils.errors import UserError
 
 MIB = 2**20
@@ -63,8 +64,8 @@ def check_versions(installed=version) -> Iterator[Finding]:
 
 def check_shared_memory(fix: bool) -> Iterator[Finding]:
     """Segments and file locks of streaming, by owner, and whether that owner lives."""
-    kept = find_kept()
-    living = sum(one.living and bool(_in_shm(one.files)) for one in kept)
+    kept = find_shared_files()
+    living = sum(one.in_use and bool(_in_shm(one.files)) for one in kept)
     users = sorted({one.owner for one in kept if one.stale})
     for user in users:
         stale = [one for one in kept if one.stale and one.owner == user]
@@ -87,7 +88,7 @@ def _in_shm(files: tuple[Path, ...]) -> list[Path]:
 
 
 def check_room_in_shm(
-    sources: list[Source], shape: BatchShape, workers: int, ranks: int, folder: Path = SHM
+    sources: list[DataSource], shape: BatchShape, workers: int, ranks: int, folder: Path = SHM
 ) -> Iterator[Finding]:
     """streaming keeps the order of an epoch there, and workers hand over their batches there."""
     rows = sum(shard["samples"] for source in sources for shard in source.shards("train"))
@@ -96,15 +97,15 @@ def check_room_in_shm(
     yield _room("/dev/shm", folder, need, "give the job more (docker run --shm-size), or lower data.workers")
 
 
-def check_room_for_run(recipe: Recipe, sources: list[Source]) -> Iterator[Finding]:
-    count = parameters(model_config(recipe, sources[0].manifest))
+def check_room_for_run(recipe: Recipe, config: InfiniGPTNeoConfig) -> Iterator[Finding]:
+    count = parameters(config)
     need = (recipe.checkpoint.keep_last + 1) * count * BYTES_A_PARAMETER
     yield _writable("run", _existing(recipe.folder)) or _room(
         "run", _existing(recipe.folder), need, "make room, give another output=, or lower checkpoint.keep_last"
     )
 
 
-def check_room_for_data(recipe: Recipe, sources: list[Source], cache_limit: int | None) -> Iterator[Finding]:
+def check_room_for_data(recipe: Recipe, sources: list[DataSource], cache_limit: int | None) -> Iterator[Finding]:
     """Room to expand shards where they lie, or to fetch them."""
     for source in sources:
         remedy = f"make room, or read it through data.cache on another disk: file://{source.folder.resolve()}"
@@ -146,7 +147,7 @@ def _room(check: str, folder: Path, need: int, remedy: str) -> Finding:
     return Finding(check, "ok", sizes)
 
 
-def check_shards(source: Source, fix: bool) -> Iterator[Finding]:
+def check_shards(source: DataSource, fix: bool) -> Iterator[Finding]:
     """Every shard that lies here against the hashes of its index."""
     checked, size, bad = 0, 0, False
     for split in ("train", "validation"):
@@ -154,7 +155,7 @@ def check_shards(source: Source, fix: bool) -> Iterator[Finding]:
             infos = [info for info in (shard["raw_data"], shard["zip_data"]) if info]
             files = {source.folder / split / info["basename"]: info for info in infos}
             there = {file: info for file, info in files.items() if file.is_file()}
-            whole = [file for file, info in there.items() if is_whole(file, info["bytes"], info["hashes"])]
+            whole = [file for file, info in there.items() if is_intact(file, info["bytes"], info["hashes"])]
             checked, size = checked + bool(there), size + sum(info["bytes"] for info in there.values())
             damaged = [file for file in there if file not in whole]
             for file in damaged:
@@ -181,7 +182,7 @@ def check_shards(source: Source, fix: bool) -> Iterator[Finding]:
         )
 
 
-def check_unfinished(source: Source, fix: bool) -> Iterator[Finding]:
+def check_unfinished(source: DataSource, fix: bool) -> Iterator[Finding]:
     """Files that a killed process was writing."""
     files = [*source.folder.rglob(f"*{UNFINISHED}*"), *source.folder.rglob("*.mds.tmp")]
     old = [file for file in files if time.time() - file.stat().st_mtime > ABANDONED]
@@ -199,20 +200,14 @@ def examine(recipe: Recipe, process: DistEnv, fix: bool) -> Iterator[Finding]:
     yield from check_versions()
     yield from check_shared_memory(fix)
     try:
-        sources = find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache)
-        shape = batch_shape(recipe.batch, sources[0].manifest.sequence_length, process.world_size)
-        yield from check_room_for_run(recipe, sources)
+        run = resolve(recipe, process)
     except UserError as error:
         yield Finding("recipe", "problem", str(error))
         return
-    limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
+    sources, shape, limit = list(run.sources), run.batch_shape, run.cache_limit
+    yield from check_room_for_run(recipe, run.model_config)
     if limit is not None:
-        readers = process.local_world_size * max(1, recipe.data.workers)
-        try:
-            check_cache_limit(sources, limit, readers * AHEAD * shape.rank_rows)
-            yield Finding("cache limit", "ok", f"{limit / MIB:,.0f} MiB, and every shard has another copy far away")
-        except UserError as error:
-            yield Finding("cache limit", "problem", str(error))
+        yield Finding("cache limit", "ok", f"{limit / MIB:,.0f} MiB, and every shard has another copy far away")
     yield from check_room_in_shm(sources, shape, recipe.data.workers, process.local_world_size)
     yield from check_room_for_data(recipe, sources, limit)
     for source in sources:

@@ -1,52 +1,79 @@
-"""Operations a token costs, what the device can do at most, and the memory in use and free."""
+"""The GPUs that are known by name, and what a device has: peak FLOP/s, memory in use, free memory."""
 
 import re
 import time
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from infini_ds.distributed.environment import DistEnv
-from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.model.memory_rule import get_memory_rule
+from infini_ds.utils.errors import UserError, did_you_mean
 
-# Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity).
-PUBLISHED_BF16 = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that a plan can name.
+
+    Attributes:
+        name: value of `plan.gpu`.
+        device_name: a regular expression that the name in PyTorch and the driver matches.
+        memory_gib: GiB of memory that the driver reports, which is less than the name says.
+        bf16_flops: dense bf16 matrix products, FLOP/s, without sparsity.
+        source: where `bf16_flops` is published.
+    """
+
+    name: str
+    device_name: str
+    memory_gib: float
+    bf16_flops: float
+    source: str
+
+
+# The first match counts, so the PCIe card comes before the others of its name.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h200-141g", r"\bH200\b", 140.4, 989e12, "NVIDIA H200 data sheet"),
+        Gpu("h100-pcie-80g", r"\bH100 PCIe\b", 79.6, 756e12, "NVIDIA H100 data sheet"),
+        Gpu("h100-80g", r"\bH100\b", 79.6, 989e12, "NVIDIA H100 data sheet, SXM"),
+        Gpu("a100-80g", r"\bA100\b.*\b80GB\b", 79.3, 312e12, "NVIDIA A100 data sheet"),
+        Gpu("a100-40g", r"\bA100\b", 39.4, 312e12, "NVIDIA A100 data sheet"),
+        Gpu("l40s-48g", r"\bL40S\b", 44.6, 362e12, "NVIDIA L40S data sheet"),
+        Gpu("a40-48g", r"\bA40\b", 44.5, 150e12, "NVIDIA A40 data sheet"),
+        Gpu("rtx4090-24g", r"\bRTX 4090\b", 23.5, 165e12, "NVIDIA Ada GPU architecture white paper"),
+        Gpu("a10-24g", r"\bA10\b", 22.1, 125e12, "NVIDIA A10 data sheet"),
+        Gpu("l4-24g", r"\bL4\b", 22.0, 121e12, "NVIDIA L4 data sheet"),
+    )
 }
 
 
-def training_flops_per_token(config: InfiniGPTNeoConfig) -> float:
-    """Operations of one token's forward and backward pass, recomputing not counted (as MFU is defined in PaLM, app. B).
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU of this name.
 
-    2 for each multiply-add, 3 times for forward and backward: the matrices of all layers and the output layer; local
-    attention over half a segment on average; what the memory rule reads and writes.
+    Raises:
+        UserError: it is unknown.
     """
-    E, S = config.hidden_size, config.segment_length
-    inner = config.intermediate_size or 4 * E
-    matrices = config.num_layers * (4 * E * E + 2 * E * inner) + E * config.vocab_size
-    windows = [config.window_size if kind == "local" else S for kind in config.attention_layers]
-    attended = sum(2 * E * min(S, 2 * window) / 2 for window in windows)
-    memory = config.num_layers * get_memory_rule(config.memory_rule).flops_per_token(config)
-    return 6.0 * (matrices + attended + memory)
+    if name not in GPUS:
+        hint = did_you_mean(name.lower(), GPUS).removesuffix("?")
+        raise UserError(f"plan.gpu={name} is unknown{hint}; for a GPU without a name give plan.memory=GIB (--memory)")
+    return GPUS[name]
+
+
+def published_flops(device_name: str) -> float | None:
+    """Return the published dense bf16 FLOP/s of the GPU that the driver calls `device_name`; None if it is unknown."""
+    return next((gpu.bf16_flops for gpu in GPUS.values() if re.search(gpu.device_name, device_name)), None)
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Matrix products a second at most: published where the device is known, else measured here, in about a second."""
+    """Return how many FLOP/s matrix products reach at most: the published rate of a GPU in bf16, otherwise measured,
+    which takes about a second.
+    """
     if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for known, rate in PUBLISHED_BF16.items():
-            if re.search(rf"\b{re.escape(known)}\b", name):
-                return rate
-    # bf16 without native instructions is so slow that a small product has to do.
+        published = published_flops(torch.cuda.get_device_name(device))
+        if published is not None:
+            return published
+    # A CPU without bf16 instructions is so slow in bf16 that the product has to be small.
     n = 8192 if device.type == "cuda" else 1536 if precision == "fp32" else 256
     a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")
@@ -60,7 +87,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak on a GPU since the last call, the resident set of this process on the CPU."""
+    """Return bytes: of a GPU the peak since the last call, of a CPU the resident set of this process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -68,8 +95,10 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def memory_free(process: DistEnv) -> int:
-    """Bytes that this rank may take: what its GPU has left, or on the CPU its share of what the node has available."""
-    if process.device.type == "cuda":
-        return torch.cuda.mem_get_info(process.device)[0]
-    return psutil.virtual_memory().available // process.local_world_size
+def memory_free(environment: DistEnv) -> int:
+    """Return the bytes that this rank may take: what its GPU has free, or an equal part, for each rank of this node, of
+    the memory that is available.
+    """
+    if environment.device.type == "cuda":
+        return torch.cuda.mem_get_info(environment.device)[0]
+    return psutil.virtual_memory().available // environment.local_world_size

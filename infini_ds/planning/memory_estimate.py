@@ -1,36 +1,39 @@
-"""How much memory a training step takes on one rank, counted before anything is built.
+"""Estimate the memory of a training step on one rank, without a device and before a model is built.
 
-Shapes: B rows that a rank computes at a time, T tokens a row, N segments of S tokens, G segments a block, n = B G S
-tokens a block, L layers, E width, F inner width, H heads, D head size, V vocabulary.
-
-Three moments matter. `computing`: a block is there as a whole, and its loss is computed or its backward pass begins.
-`reducing`: gradients are whole and DeepSpeed takes them. `step`: the optimizer's. All counts are in bytes.
-`tests/planning/test_plan.py` holds the counts against what torch's allocator hands out in real steps.
+What the model takes is measured by running it on fake tensors (`step_trace.py`). What ZeRO adds is computed by the
+formulas of this file, which follow DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`). A step has its peak at one of
+three moments: *computing*, before the first gradient is complete; *reducing*, while DeepSpeed takes the gradients; and
+the optimizer's *step*. `tests/planning/test_memory_estimate.py` compares the estimate with the memory that PyTorch's
+allocator reports for real steps.
 """
 
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.model_config import block_schedule
-from infini_ds.config.recipe import BatchShape, Recipe
+from infini_ds.config.recipe import Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
-from infini_ds.model.loss import chunk_rows
+from infini_ds.planning.step_trace import MicroBatch, Reading, parameter_sizes, trace
 
 BYTES = {"fp32": 4, "bf16": 2}
-MOST_SEGMENTS = 32  # a block: larger ones were not faster, see docs/training.md
-HEADROOM = 0.1  # of a device's memory: what the allocator cannot join, communication, CUDA's own, errors of the count
+MAX_BLOCK_SEGMENTS = 32  # of an automatic choice: larger blocks were not faster, see docs/training.md
+HEADROOM = 0.1  # of a device's memory: fragmentation, communication, CUDA's context, errors of the estimate
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank computes at a time.
+    """What one rank computes in a step.
 
     Attributes:
-        rows, tokens: B and T of a micro-batch.
-        schedule: G, and what of a block is recomputed and offloaded.
-        accumulation: micro-batches a step.
-        packed: rows may hold several documents, so attention has masks.
-        checkpointing: a block's activations are computed again in its backward pass.
+        rows, tokens: shape of the input of a micro-batch.
+        precision: "fp32" or "bf16".
+        schedule: how the model runs over the segments of a row.
+        accumulation: micro-batches in a step.
+        packed: rows may hold several documents, so that attention needs masks.
+        checkpointing: the activations of a block are recomputed in its backward pass.
     """
 
     config: InfiniGPTNeoConfig
@@ -46,7 +49,7 @@ class Workload:
     def of(
         cls, recipe: Recipe, config: InfiniGPTNeoConfig, shape: BatchShape, tokens: int, precision: str
     ) -> "Workload":
-        """What the recipe asks for; rows may hold several documents. `auto` segments a block are all of them here."""
+        """Return the workload of a recipe. Rows may hold several documents, and "auto" segments are all segments."""
         return cls(
             config=config,
             rows=shape.micro_rows,
@@ -58,45 +61,54 @@ class Workload:
         )
 
     def in_blocks_of(self, segments: int) -> "Workload":
-        """Return the same workload with `segments` segments a block."""
+        """Return the same workload with `segments` segments in a block."""
         return replace(self, schedule=replace(self.schedule, segments_per_block=segments))
 
     @property
-    def segment(self) -> int:
-        """S, or the row's length where that is shorter."""
+    def segment_length(self) -> int:
+        """Tokens of a segment; those of the row where it is shorter."""
         return min(self.config.segment_length, self.tokens)
 
     @property
     def segments(self) -> int:
-        return math.ceil(self.tokens / self.segment)
+        """Segments of a row."""
+        return math.ceil(self.tokens / self.segment_length)
 
     @property
-    def G(self) -> int:
+    def block_segments(self) -> int:
+        """Segments of a block."""
         return min(self.schedule.segments_per_block or self.segments, self.segments)
 
     @property
     def blocks(self) -> int:
-        return math.ceil(self.segments / self.G)
+        """Blocks of a row."""
+        return math.ceil(self.segments / self.block_segments)
 
     @property
-    def block_tokens(self) -> int:
-        """n = B G S."""
-        return self.rows * self.G * self.segment
-
-    @property
-    def has_masked_writes(self) -> bool:
-        """Tokens of a document that ended before its segment did, and empty slots behind a row."""
-        return self.packed or self.tokens % self.segment > 0
+    def micro_batch(self) -> MicroBatch:
+        """What the model computes at a time."""
+        return MicroBatch(
+            config=self.config.to_json_string(use_diff=False),
+            attention=self.config._attn_implementation,
+            rows=self.rows,
+            tokens=self.tokens,
+            precision=self.precision,
+            schedule=self.schedule,
+            packed=self.packed,
+            checkpointing=self.checkpointing,
+        )
 
 
 @dataclass(frozen=True)
 class ZeroSharding:
-    """What DeepSpeed's JSON says about memory.
+    """What of DeepSpeed's configuration affects memory.
 
     Attributes:
-        stage: of ZeRO.
-        offload: the optimizer is in the host's memory.
-        bucket: elements of the buffer that gradients are reduced in; buffers: how many there are.
+        ranks: across which the optimizer's state is sharded.
+        stage: of ZeRO; stage 1 is estimated as stage 2.
+        offload: the optimizer's state is in the host's memory.
+        bucket: elements of a buffer in which gradients are reduced.
+        buffers: how many of these buffers are used.
     """
 
     ranks: int
@@ -107,6 +119,7 @@ class ZeroSharding:
 
     @classmethod
     def from_json(cls, config: dict, ranks: int) -> "ZeroSharding":
+        """Read the configuration for `deepspeed.initialize`."""
         zero = config["zero_optimization"]
         return cls(
             ranks=ranks,
@@ -119,7 +132,14 @@ class ZeroSharding:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part at each of the three moments; `host`: what offloading keeps in the host's memory, for one rank."""
+    """Bytes of one rank, by part, at three moments of a step.
+
+    Attributes:
+        computing: of forward and backward pass, before the first gradient of a weight is complete.
+        reducing: while gradients are reduced.
+        step: of the optimizer.
+        host: what offloading takes of the host's memory.
+    """
 
     computing: dict[str, int]
     reducing: dict[str, int]
@@ -132,175 +152,123 @@ class MemoryEstimate:
 
 
 def parameters(config: InfiniGPTNeoConfig) -> int:
-    """Trained numbers; the output layer is the input embedding."""
-    E, F, L = config.hidden_size, inner_width(config), config.num_layers
-    positions = config.max_position_embeddings * E if config.position_embedding == "segment" else 0
-    layer = 4 * E * E + E + 2 * E * F + F + E + 4 * E + config.num_heads
-    return config.vocab_size * E + positions + L * layer + 2 * E
-
-
-def inner_width(config: InfiniGPTNeoConfig) -> int:
-    return config.intermediate_size or 4 * config.hidden_size
-
-
-def state_bytes(work: Workload) -> int:
-    """(M, z) of all layers between two blocks: B L H (D² + D) in fp32."""
-    config = work.config
-    return 4 * work.rows * config.num_layers * config.num_heads * (config.head_dim**2 + config.head_dim)
-
-
-def layer_activations(work: Workload) -> int:
-    """What autograd keeps of one layer over one block, tensor by tensor as in `model/modeling.py` and `memory.py`."""
-    config, a = work.config, BYTES[work.precision]
-    E, H, D, n = config.hidden_size, config.num_heads, config.head_dim, work.block_tokens
-    # In the model's precision: inputs of both norms and their outputs; q, k, v, or q and k turned; local attention;
-    # out_proj's input; before and after the activation function.
-    kept = a * n * (9 * E + 2 * inner_width(config))
-    # In fp32, of width E: phi(k), phi(q), the numerator, what is retrieved; in bf16 local attention once more.
-    wide = 4 + (a < 4)
-    delta = config.memory_rule != "linear"
-    if work.rows * work.G > 1:  # products copy their factors, whose heads do not lie at equal distances
-        wide += 4  # phi(k) and v of dM; phi(q) of the numerator and of the denominator
-        if delta:  # phi(k) of n, both factors of A, and phi(k) of those that write
-            wide += 3 + work.has_masked_writes
-    else:  # factors are what they were computed as: v in fp32, phi(k) of those that write, phi(k) / n
-        wide += (a < 4) + work.has_masked_writes + delta
-    kept += 4 * n * E * wide
-    # Statistics of two norms; per head: log-sum-exp, denominator as it was and as it is held, the gate of each token.
-    kept += 4 * n * (4 + (3 + work.packed) * H)
-    # The memory before each segment. The delta rule keeps both factors of each product too.
-    kept += 4 * work.rows * work.G * H * (D * D * (3 if delta else 1) + D)
-    if _has_masks(work):  # each layer makes its own additive mask of the boolean one
-        kept += a * n * work.segment
-    return kept
-
-
-def _has_masks(work: Workload) -> bool:
-    return work.packed and work.config._attn_implementation != "flex_attention"
-
-
-def block_activations(work: Workload) -> tuple[int, int, int, int]:
-    """Of a block: what is there while its loss is computed, what autograd keeps of that, and what is there when its
-    last layer goes backward, and its first one.
-    """
-    config, a, layer = work.config, BYTES[work.precision], layer_activations(work)
-    n = work.block_tokens
-    hidden = a * n * config.hidden_size
-    masks = 2 * n * work.segment if _has_masks(work) else 0  # boolean, one of each kind of layer
-    # A block holds on to keys and values until it is through, which autograd does not where layers are computed again,
-    # and not to the keys that rotary positions turn.
-    if work.schedule.checkpoint_layers:
-        of_layer, until_through, again = hidden, 2 * hidden, layer - hidden
-    else:
-        of_layer, until_through, again = layer, hidden * (config.position_embedding == "rotary"), 0
-    layers = config.num_layers * of_layer
-    in_loss = layers + config.num_layers * until_through + 2 * hidden + masks  # around the last norm
-    backward = again + hidden + a * n * inner_width(config)  # gradients of the layer's result and of the inner width's
-    return in_loss, layers + hidden, layers + backward, of_layer + backward
-
-
-def loss_bytes(work: Workload) -> tuple[int, int]:
-    """Of one block's loss, as in `model/loss.py`: all that is there while it is computed, and its gradients, which are
-    computed with it.
-    """
-    config, a = work.config, BYTES[work.precision]
-    E, V, n = config.hidden_size, config.vocab_size, work.block_tokens
-    rows = min(n, chunk_rows(V))
-    chunk, next_chunk = rows * V, min(n - rows, rows) * V
-    # Beside logits and probabilities: the product for the gradient of rows. In bf16 the softmax copies logits to fp32,
-    # while the gradient of the chunk before is still there; that, and the product for the weights, are copies too. (A
-    # CPU copies that product to fp32 to add it. A GPU is taken to do without, so this is not counted.)
-    beside = a * rows * E
-    if work.precision == "bf16":
-        beside = max(4 * chunk, a * chunk + 4 * next_chunk, a * (chunk + rows * E + V * E))
-    gradients = a * n * E + 4 * V * E  # the weights' summed in fp32
-    return gradients + (a + 4) * chunk + beside, a * (n * E + V * E)
+    """Return the number of the model's parameters."""
+    return sum(parameter_sizes(config.to_json_string(use_diff=False)))
 
 
 def estimate_memory(work: Workload, sharding: ZeroSharding) -> MemoryEstimate:
-    """The memory of a step of `work` on one rank."""
-    config, a = work.config, BYTES[work.precision]
-    E, V, F = config.hidden_size, config.vocab_size, inner_width(config)
-    count = parameters(config)
-    share = math.ceil(count / sharding.ranks)
-    weights, embedding, matrix, attention = a * count, a * V * E, a * E * F, a * 4 * E * E  # or their gradients
-    resident = {"weights": weights, "optimizer": 0 if sharding.offload else 12 * share}
-
-    # DeepSpeed sums the gradients of a rank's share in fp32: in one buffer in bf16, in a new one each time in fp32.
-    summed_in_place = work.precision == "bf16"
-    partition = 0 if sharding.offload and not summed_in_place else 4 * share
+    """Estimate the memory of one rank in a step of `work`."""
+    found = trace(work.micro_batch)
+    size, sizes = BYTES[work.precision], parameter_sizes(work.micro_batch.config)
+    share = math.ceil(sum(sizes) / sharding.ranks)
+    # fp32 weights and two moments; or, with these in the host's memory, a buffer for the largest gradient.
+    optimizer = size * max(sizes) if sharding.offload else 12 * share
+    always = {"weights": size * sum(sizes), "optimizer": optimizer}
+    # DeepSpeed sums the gradients of a rank's partition in fp32: for bf16 in one buffer, to which each reduced bucket
+    # is added, for fp32 in a new tensor for each micro-batch.
+    one_buffer = work.precision == "bf16"
+    partition = 0 if sharding.offload and not one_buffer else 4 * share
     earlier = partition if work.accumulation > 1 else 0  # of the micro-batches before
-    step = resident | {"gradients": partition}
-    if not sharding.offload:
-        step["copies in the step"] = 0 if summed_in_place else partition
 
-    in_loss, kept, in_last, in_first = block_activations(work)
-    computing_loss, of_loss = loss_bytes(work)
-    states = state_bytes(work) * 2
-    if work.checkpointing:
-        states += state_bytes(work) * (1 if work.schedule.offload_states else work.blocks)
-    token_ids = 8 * work.rows * work.tokens * (6 if work.packed else 4)
-
-    def moment(gradients: float, activations: float, loss: float = 0, states: int = states) -> dict[str, int]:
+    def moment(reading: Reading, sums: int, buckets: float = 0) -> dict[str, int]:
         parts = {
-            "gradients": earlier + gradients,
-            "memory between blocks": states,
-            "activations": activations,
-            "loss and logits": loss,
-            "token ids": token_ids,
+            "gradients": sums + reading.gradients,
+            "reduce buckets": buckets,
+            "activations and loss": reading.live - reading.gradients,
         }
-        return resident | {name: round(size) for name, size in parts.items()}
+        return always | {name: round(part) for name, part in parts.items()}
 
-    # A weight's gradient is whole once all of its uses have added to it, which with several blocks is in the last one
-    # to go backward. So each rank holds the gradients of all weights, not of its share: with checkpointing from the
-    # first block on, when nothing else is left of it, without it while activations of other blocks are there.
-    several = work.blocks > 1
-    behind = weights if work.checkpointing and several else 0
-    others = 0 if work.checkpointing else work.segments / work.G - 1
-    kept_of_others, loss_of_others = others * kept, others * of_loss
-    computing = [
-        moment(behind, kept_of_others + in_loss, loss_of_others + computing_loss),
-        moment(behind, kept_of_others + kept, loss_of_others + 2 * of_loss),  # kept ones times the gradient
-        # The output layer's gradient waits for the embedding's: they are one weight.
-        moment(behind + embedding + matrix, kept_of_others + in_last, loss_of_others),
-    ]
-    if work.checkpointing or several:  # by the end of a block, gradients of all of its layers are there too
-        computing += [
-            moment(weights - matrix - attention, kept_of_others + in_first, loss_of_others),
-            moment(weights + embedding + (embedding if behind else 0), kept_of_others, loss_of_others),
-        ]
-
-    # Gradients move into the bucket, and when the next one does not fit, a copy of it is reduced over the ranks. From
-    # then on the share of the sums exists, and what the bucket held has gone from where it was.
-    bucket = a * sharding.bucket * sharding.buffers
-    left = 1 - max(0, sharding.bucket - E * F) / count if sharding.bucket < count else 0
-    reduced = a * min(sharding.bucket, count)
-    if summed_in_place:  # each gradient of the reduced ones is added as a copy in fp32
-        sums = partition - earlier + reduced + min(partition, 4 * max(V * E, E * F))
-    else:
-        sums = max(partition, reduced)
-    if work.checkpointing:  # all of them come at once, when all blocks are done
-        reducing = [moment(weights + bucket, 0, states=0), moment(left * weights + bucket + sums, 0, states=0)]
-    else:
-        held = weights if several else embedding
-        reducing = [
-            moment(held + matrix + bucket, in_last),
-            moment(left * held + bucket + sums, left * in_last),
-        ]
-
-    host = (12 + 4 + a) * share if sharding.offload else 0
+    reducing = _reduce(found.reducing, size, sharding, partition, earlier, one_buffer)
+    step = always | {"gradients": partition}
+    if not sharding.offload:
+        step["copies in the step"] = 0 if one_buffer else partition
+    host = (12 + 4 + size) * share if sharding.offload else 0
     if work.checkpointing and work.schedule.offload_states:
-        host += state_bytes(work) * work.blocks
-    return MemoryEstimate(_largest(computing), _largest(reducing), step, host)
+        host += found.states * work.blocks
+    return MemoryEstimate(
+        computing=moment(found.computing, earlier),
+        reducing=max((moment(*found) for found in reducing), key=lambda parts: sum(parts.values())),
+        step=step,
+        host=host,
+    )
 
 
-def _largest(moments: list[dict[str, int]]) -> dict[str, int]:
-    return max(moments, key=lambda parts: sum(parts.values()))
+def _reduce(
+    readings: tuple[Reading, ...], size: int, sharding: ZeroSharding, partition: int, earlier: int, one_buffer: bool
+) -> Iterator[tuple[Reading, int, float]]:
+    """Yield readings with the bytes of the summed gradients and of the buckets at that moment.
+
+    The buckets exist from the first gradient on. Each gradient moves into the bucket. If it does not fit, the bucket
+    is reduced first, as a copy. A gradient that is larger than a bucket is reduced by itself.
+
+    Args:
+        size: bytes of an element of a gradient.
+        partition: bytes of the sums of one micro-batch, `earlier`: of the micro-batches before.
+        one_buffer: the sums of all micro-batches are in one buffer, to which gradients are added as copies in fp32.
+    """
+    buffers = size * sharding.bucket * sharding.buffers
+    sums, bucket, oversized = earlier, [0.0], 0.0
+    end = readings[-1]._replace(elements=math.inf)  # what is left in the bucket is reduced at the end
+    for reading in (*readings, end):
+        if reading.elements and sum(bucket) + reading.elements > sharding.bucket:
+            before = reading._replace(live=reading.live + oversized)
+            # Slices are joined by a copy: those of several ranks, and for one rank those with sums of their own.
+            is_copied = sharding.ranks > 1 or (one_buffer and len(bucket) > 2)
+            copy = size * sum(bucket) if is_copied else 0
+            if one_buffer:
+                sums = partition
+                copy += min(partition, 4 * max(bucket))
+            yield before, sums, buffers + copy
+            sums = earlier + partition if not one_buffer else sums
+            bucket, oversized = [0.0], 0.0
+        yield reading._replace(live=reading.live + oversized), sums, buffers
+        bucket.append(reading.elements)
+        if reading.elements > sharding.bucket:
+            oversized = size * reading.elements
 
 
-def largest_block(work: Workload, sharding: ZeroSharding, room: int) -> int | None:
-    """The most segments a block, up to MOST_SEGMENTS, with which a step fits into `room` bytes; None if none does."""
-    for segments in range(min(MOST_SEGMENTS, work.segments), 0, -1):
-        if estimate_memory(work.in_blocks_of(segments), sharding).peak <= room:
-            return segments
-    return None
+def largest_block(work: Workload, sharding: ZeroSharding, limit: int) -> int | None:
+    """Return the most segments in a block, up to MAX_BLOCK_SEGMENTS, with which a step fits into `limit` bytes; None if
+    not even one segment fits.
+    """
+    return BlockSearch(limit).largest_block(work, sharding)
+
+
+class BlockSearch:
+    """Finds the largest blocks that fit into `limit` bytes, for workloads of one model, with few estimates.
+
+    Memory grows nearly linearly with the rows times segments of a block, so the search interpolates between what was
+    estimated before. A block that exceeds the limit by more than 1% on that line is not estimated.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._points: list[tuple[int, int]] = []  # rows times segments of a block, bytes while computing
+
+    def largest_block(self, work: Workload, sharding: ZeroSharding) -> int | None:
+        """Return the most segments in a block that fit, as the function of this name."""
+        fits, fails = 0, min(MAX_BLOCK_SEGMENTS, work.segments) + 1
+        while fails - fits > 1:
+            guess = min(max(self._guess() // work.rows, fits + 1), fails - 1)
+            estimate = estimate_memory(work.in_blocks_of(guess), sharding)
+            self._points.append((guess * work.rows, sum(estimate.computing.values())))
+            if estimate.peak > self._limit:
+                fails = guess
+                continue
+            fits = guess
+            if len(self._points) > 1 and estimate.peak + work.rows * self._slope() > 1.01 * self._limit:
+                break
+        return fits or None
+
+    def _guess(self) -> int:
+        """Return the rows times segments with which the limit is reached on the line."""
+        if not self._points:
+            return sys.maxsize
+        size, peak = self._points[-1]
+        return max(0, size + math.floor((self._limit - peak) / self._slope()))
+
+    def _slope(self) -> float:
+        """Return the bytes of one more segment of a row, by the last two sizes; from a single one, at most so many."""
+        (size, peak), *earlier = reversed(self._points)
+        other, peak_of_other = next((point for point in earlier if point[0] != size), (0, 0))
+        return max(1.0, (peak - peak_of_other) / (size - other))

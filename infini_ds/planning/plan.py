@@ -1,141 +1,184 @@
-"""What a run will take, before any device is asked for: memory, operations, days, and what else would fit."""
+"""Plan a run before any device is asked for: its memory, FLOPs and days, and which micro-batches and blocks would fit.
 
-import difflib
-import math
+plan = make_plan(load_recipe("launch/recipes/1.3b.yaml"))
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from infini_ds.config.recipe import BatchShape, Recipe
-from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.planning.hardware import PUBLISHED_BF16, training_flops_per_token
+from infini_ds.config.recipe import Recipe
+from infini_ds.config.resolve import ResolvedRun, resolve
+from infini_ds.distributed.environment import detect_environment
+from infini_ds.planning.flops import training_flops_per_token
+from infini_ds.planning.hardware import find_gpu, memory_free, peak_flops
 from infini_ds.planning.memory_estimate import (
     HEADROOM,
+    BlockSearch,
     MemoryEstimate,
     Workload,
     ZeroSharding,
     estimate_memory,
-    largest_block,
+    parameters,
 )
-from infini_ds.utils.errors import UserError
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Device:
-    """memory: bytes. flops: dense products a second in the run's precision, None where it is not known."""
+class PlannedDevice:
+    """The device of each rank.
+
+    Attributes:
+        memory: bytes.
+        peak_flops: FLOP/s of dense matrix products in the run's precision; None if unknown.
+    """
 
     name: str
     memory: int
-    flops: float | None
+    peak_flops: float | None
 
 
-# GiB as the driver reports them, and the name in PUBLISHED_BF16.
-CARDS = {
-    "h200-141g": (140.4, "H200"),
-    "h100-80g": (79.6, "H100"),
-    "a100-80g": (79.3, "A100"),
-    "a100-40g": (39.4, "A100"),
-    "l40s-48g": (44.6, "L40S"),
-    "a40-48g": (44.5, "A40"),
-    "rtx4090-24g": (23.5, "RTX 4090"),
-    "a10-24g": (22.1, "A10"),
-    "l4-24g": (22.0, "L4"),
-}
-
-
-def card(name: str, precision: str) -> Device:
-    """A card by name.
-
-    Raises:
-        UserError: it is not in CARDS.
+@dataclass(frozen=True)
+class FittingBlock:
+    """The most segments in a block that fit with micro-batches of `rows` rows, and the peak of memory then; None if
+    not even one segment fits.
     """
-    if name not in CARDS:
-        near = difflib.get_close_matches(name.lower(), CARDS, n=1)
-        hint = f"did you mean {near[0]}" if near else f"known are {', '.join(CARDS)}"
-        raise UserError(f"--gpu {name} is not known: {hint}; for another card give --memory GIB")
-    memory, published = CARDS[name]
-    return Device(name, int(memory * 2**30), PUBLISHED_BF16[published] if precision == "bf16" else None)
+
+    rows: int
+    segments: int | None
+    peak: int | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    recipe: Recipe
-    config: InfiniGPTNeoConfig
-    shape: BatchShape
-    device: Device
-    asked: Workload
-    sharding: ZeroSharding
+    """What a run will take on `run.dims.world_size` devices."""
+
+    run: ResolvedRun
+    device: PlannedDevice
 
     @property
-    def room(self) -> int:
+    def memory_limit(self) -> int:
         """Bytes that a rank may take."""
         return int(self.device.memory * (1 - HEADROOM))
 
-    @property
+    @cached_property
     def work(self) -> Workload:
-        """With `segments_per_block: auto` resolved: the largest that fits, or 1."""
-        if self.recipe.model.segments_per_block != "auto":
-            return self.asked
-        return self.asked.in_blocks_of(largest_block(self.asked, self.sharding, self.room) or 1)
+        """What a rank computes. For "auto", in the largest blocks that fit, or of one segment if none fits."""
+        run = self.run
+        work = Workload.of(run.recipe, run.model_config, run.batch_shape, run.sequence_length, run.precision)
+        if run.recipe.model.segments_per_block != "auto":
+            return work
+        return work.in_blocks_of(self._search.largest_block(work, self.sharding) or 1)
 
-    @property
+    @cached_property
+    def sharding(self) -> ZeroSharding:
+        return ZeroSharding.from_json(self.run.deepspeed, self.run.dims.world_size)
+
+    @cached_property
     def estimate(self) -> MemoryEstimate:
         return estimate_memory(self.work, self.sharding)
 
     @property
     def fits(self) -> bool:
-        return self.estimate.peak <= self.room
+        return self.estimate.peak <= self.memory_limit
+
+    @cached_property
+    def parameters(self) -> int:
+        return parameters(self.run.model_config)
+
+    @property
+    def flops_per_token(self) -> float:
+        return training_flops_per_token(self.run.model_config)
 
     @property
     def tokens(self) -> int:
-        return self.recipe.steps * self.shape.rows * self.work.tokens
+        """Tokens of all steps."""
+        return self.run.recipe.steps * self.run.batch_shape.rows * self.run.sequence_length
 
-    def days(self, mfu: float) -> float | None:
-        """Of training alone; recomputing is not counted in the MFU, so with checkpointing it is lower."""
-        if self.device.flops is None:
+    @property
+    def days(self) -> float | None:
+        """Days of training without validation at the recipe's MFU, which does not count recomputation and is therefore
+        lower with checkpointing; None if the device's peak is unknown.
+        """
+        if self.device.peak_flops is None:
             return None
-        rate = self.device.flops * self.shape.world_size * mfu
-        return self.tokens * training_flops_per_token(self.config) / rate / 86_400
+        rate = self.device.peak_flops * self.run.dims.world_size * self.run.recipe.plan.mfu
+        return self.tokens * self.flops_per_token / rate / 86_400
 
-    def choices(self) -> list[tuple[int, int | None, int | None]]:
-        """Micro-batches of a rank that divide its rows, the largest block that fits with each, and the peak then."""
+    def fitting_blocks(self) -> list[FittingBlock]:
+        """Return the largest block that fits for each micro-batch that divides a rank's rows, up to the first one with
+        which none fits.
+        """
         found = []
-        for rows in self._micro_rows():
-            work = replace(self.work, rows=rows, accumulation=self.shape.rank_rows // rows)
-            block = largest_block(work, self.sharding, self.room)
-            peak = estimate_memory(work.in_blocks_of(block), self.sharding).peak if block else None
-            found.append((rows, block, peak))
-            if block is None:
+        for rows in self._micro_batches():
+            work = self._with_rows(self.work, rows)
+            segments = self._search.largest_block(work, self.sharding)
+            peak = estimate_memory(work.in_blocks_of(segments), self.sharding).peak if segments else None
+            found.append(FittingBlock(rows, segments, peak))
+            if segments is None:
                 break
         return found
 
-    def _micro_rows(self) -> list[int]:
-        rows = self.shape.rank_rows
-        return [r for r in range(1, rows + 1) if rows % r == 0]
-
     def remedy(self) -> str | None:
-        """The first change with which a step fits, as overrides of the recipe; None if none was found."""
+        """Return the overrides of the recipe with which a step fits, with as few changes as possible; None if there are
+        none. Tried in turn: checkpointing, smaller blocks, smaller micro-batches, offloading, more ranks.
+        """
+        return next(self._remedies(), None)
+
+    def _remedies(self) -> Iterator[str]:
         work, given = replace(self.work, checkpointing=True), []
         if not self.work.checkpointing:
             given = ["model.gradient_checkpointing=true"]
-            if estimate_memory(work, self.sharding).peak <= self.room:
-                return " ".join(given)
-        for rows in reversed([r for r in self._micro_rows() if r <= work.rows]):
-            smaller = replace(work, rows=rows, accumulation=self.shape.rank_rows // rows)
-            block = largest_block(smaller, self.sharding, self.room)
-            if block:
-                fewer = [] if rows == work.rows else [f"batch.micro_rows={rows}"]
-                return " ".join([*given, *fewer, f"model.segments_per_block={block}"])
-        least = [*given, "batch.micro_rows=1"]
-        work = replace(work, rows=1, accumulation=self.shape.rank_rows)
+            if estimate_memory(work, self.sharding).peak <= self.memory_limit:
+                yield " ".join(given)
+        for rows in reversed([rows for rows in self._micro_batches() if rows <= work.rows]):
+            smaller = [] if rows == work.rows else [f"batch.micro_rows={rows}"]
+            segments = self._search.largest_block(self._with_rows(work, rows), self.sharding)
+            if segments:
+                yield " ".join([*given, *smaller, f"model.segments_per_block={segments}"])
+        given, work = [*given, "batch.micro_rows=1"], self._with_rows(work, 1)
         if not self.sharding.offload:
-            block = largest_block(work, replace(self.sharding, offload=True), self.room)
-            if block:
+            segments = self._search.largest_block(work, replace(self.sharding, offload=True))
+            if segments:
                 offload = "deepspeed=ds_configs/zero2_offload.json"
-                return " ".join([*least, f"model.segments_per_block={block}", offload])
-        for doublings in range(1, 11):
-            ranks = self.sharding.ranks << doublings
-            if self.shape.rows % ranks == 0:
-                work = replace(work, accumulation=math.ceil(self.shape.rows / ranks))
-                block = largest_block(work, replace(self.sharding, ranks=ranks), self.room)
-                if block:
-                    return " ".join([*least, f"model.segments_per_block={block}", f"--gpus {ranks}"])
-        return None
+                yield " ".join([*given, f"model.segments_per_block={segments}", offload])
+        for ranks in (self.sharding.ranks << doublings for doublings in range(1, 11)):
+            if self.run.batch_shape.rows % ranks == 0:
+                work = replace(work, accumulation=self.run.batch_shape.rows // ranks)
+                segments = self._search.largest_block(work, replace(self.sharding, ranks=ranks))
+                if segments:
+                    yield " ".join([*given, f"model.segments_per_block={segments}", f"plan.gpus={ranks}"])
+
+    @cached_property
+    def _search(self) -> BlockSearch:
+        return BlockSearch(self.memory_limit)
+
+    def _micro_batches(self) -> list[int]:
+        rows = self.run.batch_shape.rank_rows
+        return [divisor for divisor in range(1, rows + 1) if rows % divisor == 0]
+
+    def _with_rows(self, work: Workload, rows: int) -> Workload:
+        return replace(work, rows=rows, accumulation=self.run.batch_shape.rank_rows // rows)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolve a recipe for the ranks and the GPU of its `plan` section; without a GPU, for this machine.
+
+    Raises:
+        UserError: the recipe is not possible, the GPU is unknown, or the data is not prepared and
+            `plan.sequence_length` is not given.
+    """
+    chosen, ranks = recipe.plan, recipe.plan.gpus
+    environment = replace(detect_environment(), rank=0, local_rank=0, world_size=ranks, local_world_size=ranks)
+    gpu = None if chosen.gpu is None else find_gpu(chosen.gpu)
+    gib = chosen.memory or (gpu and gpu.memory_gib)
+    run = resolve(recipe, environment, require_data=False, device_type="cuda" if gib else None)
+    if not gib:
+        name = f"this machine ({environment.device.type})"
+        flops = peak_flops(environment.device, run.precision)
+        return Plan(run, PlannedDevice(name, memory_free(environment), flops))
+    name = gpu.name if gpu else "GPU"
+    if chosen.memory:
+        name = f"{name} of {chosen.memory:g} GiB"
+    return Plan(run, PlannedDevice(name, int(gib * GIB), gpu.bf16_flops if gpu and run.precision == "bf16" else None))

@@ -1,114 +1,138 @@
-"""What follows from the numbers of a study, in sentences, and what does not."""
+"""Sentences that follow from a study's numbers, and the choice of cells that are compared.
 
-from infini_ds.study.grid import Run, Study
-from infini_ds.study.results import Cell, Movement, Result, Spread, chance_apart, movement, spread
+Two cells are called different only if the ranges of their seeds are disjoint.
+"""
+
+from infini_ds.study.results import (
+    Cell,
+    RunInfo,
+    RunResult,
+    Spread,
+    chance_of_disjoint_ranges,
+    gate_movements,
+    spread,
+)
 
 TASKS = {"blimp": "BLiMP", "glue": "(Super)GLUE"}
-ENOUGH_SEEDS = 5  # in a cell, from which on it is rare that two cells lie apart by chance (2 of 252)
+HEADLINES = {"blimp": "accuracy", "glue": "mean"}  # the metric that stands for the task
+ENOUGH_SEEDS = 5  # per cell: two equal cells then have disjoint ranges by chance in 2 of 252 comparisons
 
 
-def findings(study: Study, found: list[Cell]) -> list[str]:
-    """
+def conclude(cells: list[Cell], context_length: int) -> list[str]:
+    """Return the conclusions as Markdown sentences.
+
     Args:
-        found: all cells with a finished run.
+        cells: all cells that have a finished run.
+        context_length: the study's own, whose cells are compared with each other.
     """
     return [
-        *_of_pretraining(study, found),
-        *_of_memory(study, found),
-        *_of_gates(found),
-        *(_of_task(task, found) for task in TASKS),
-        _of_seeds(found),
+        *_compare_pretraining(cells),
+        *_compare_with_plain(cells, context_length),
+        *_find_useless_memories(cells),
+        *_describe_gates(cells),
+        *(_describe_task(task, cells) for task in TASKS),
+        _describe_seeds(cells),
     ]
 
 
-def _of_pretraining(study: Study, found: list[Cell]) -> list[str]:
-    said = []
-    for pretrained, tuned in pairs(study, found):
-        one, other = pretrained.over_seeds(loss), tuned.over_seeds(loss)
+def _compare_pretraining(cells: list[Cell]) -> list[str]:
+    sentences = []
+    for pretrained, finetuned in pretrained_and_finetuned(cells):
+        one, other = pretrained.over_seeds(loss), finetuned.over_seeds(loss)
         if one and other:
-            tokens = "as many tokens" if same_tokens(pretrained, tuned) else "another number of tokens"
-            said.append(
-                f"**Pre-training or fine-tuning, segments of {pretrained.run.segment_length}**: loss {shown(one)} when "
-                f"pre-trained with the memory, {shown(other)} when it was added by fine-tuning, after {tokens}: "
-                f"{verdict(one, other, 'pre-training', 'fine-tuning')}"
+            tokens = "equally many tokens" if same_tokens(pretrained, finetuned) else "different numbers of tokens"
+            sentences.append(
+                f"**Pre-training or fine-tuning, {describe(finetuned.run)}**: loss "
+                f"{format_spread(one)} when pre-trained with the memory, {format_spread(other)} when the memory was "
+                f"added by fine-tuning, after {tokens}: {verdict(one, other, 'pre-training', 'fine-tuning')}"
             )
-    return said
+    return sentences
 
 
-def _of_memory(study: Study, found: list[Cell]) -> list[str]:
-    said = []
-    plain = plain_tuned(study, found)
-    for cell in main_cells(study, found):
-        if plain and cell.run.start and (one := cell.over_seeds(loss)) and (other := plain.over_seeds(loss)):
-            said.append(
-                f"**Memory or attention, segments of {cell.run.segment_length}**: loss {shown(one)} fine-tuned with "
-                f"the memory, {shown(other)} fine-tuned as plain GPT-Neo that attends to whole rows of "
-                f"{plain.run.context_length:,} tokens: {verdict(one, other, 'the memory', 'plain attention')}"
-            )
-    for cell in found:
-        if not cell.run.is_plain and (gain := cell.over_seeds(gained)) and gain.low <= 0:
-            said.append(
-                f"**{cell.name}**: with the memory switched off the loss rises by {shown(gain, '+.4f')}, in at least "
-                "one seed not at all: nothing shows that this memory is of use."
-            )
-    return said
+def _compare_with_plain(cells: list[Cell], context_length: int) -> list[str]:
+    plain = finetuned_plain(cells, context_length)
+    other = plain.over_seeds(loss) if plain else None
+    if not plain or not other:
+        return []
+    return [
+        f"**Memory or attention, {describe(cell.run)}**: loss {format_spread(one)} fine-tuned with "
+        f"the memory, {format_spread(other)} fine-tuned as a plain GPT-Neo that attends to complete rows of "
+        f"{plain.run.context_length:,} tokens: {verdict(one, other, 'the memory', 'plain attention')}"
+        for cell in main_cells(cells, context_length)
+        if cell.run.start_from and (one := cell.over_seeds(loss))
+    ]
 
 
-def _of_gates(found: list[Cell]) -> list[str]:
-    said = []
-    for kind in ("decayed", "constant"):
-        moved = [one for cell in found if cell.run.gates == kind for one in movements(cell)]
-        if moved:
-            half, spent = spread(one.half for one in moved), spread(one.reach_half for one in moved)
-            said.append(
-                f"**Gates, {kind} learning rate**: {half.mean:.0%} of their way lay behind them after half of the "
-                f"steps ({half.low:.0%} to {half.high:.0%} over {plural(len(moved), 'run')}), when {spent.mean:.0%} of "
-                "the learning rate was spent."
+def _find_useless_memories(cells: list[Cell]) -> list[str]:
+    return [
+        f"**{cell.name}**: with the memory off the loss changes by {format_spread(gain, '+.4f')}, and in at least one "
+        "seed it does not rise: nothing shows that this memory is of use."
+        for cell in cells
+        if cell.run.uses_memory and (gain := cell.over_seeds(lambda result: result.gain)) and gain.low <= 0
+    ]
+
+
+def _describe_gates(cells: list[Cell]) -> list[str]:
+    sentences = []
+    for schedule in ("decayed", "constant"):
+        movements = [one for cell in cells if cell.run.gate_schedule == schedule for one in gate_movements(cell)]
+        path = spread(one.first_half_of_path for one in movements)
+        rate = spread(one.first_half_of_learning_rate for one in movements)
+        if path and rate:
+            sentences.append(
+                f"**Gates, {schedule} learning rate**: the gates covered {path.mean:.0%} of their path in the first "
+                f"half of the steps ({path.low:.0%} to {path.high:.0%} over {plural(len(movements), 'run')}), which "
+                f"has {rate.mean:.0%} of the sum of the learning rates."
             )
-    if len(said) == 2:
-        said.append(
-            "Where the first share goes with the second, gates that seem to settle are held by their learning rate; "
-            "only those that come to rest at a constant rate have converged."
+    if len(sentences) == 2:
+        sentences.append(
+            "Where the first percentage follows the second, gates that seem to converge are only held by their "
+            "learning rate; gates have converged if they come to rest at a constant learning rate."
         )
-    return said
+    return sentences
 
 
-def _of_task(task: str, found: list[Cell]) -> str:
+def _describe_task(task: str, cells: list[Cell]) -> str:
     title = TASKS[task]
-    tuned = [(cell.over_seeds(lambda result: result.score(task)), cell.name) for cell in found if cell.run.start]
-    scored = [(score, name) for score, name in tuned if score]
+    finetuned = [(cell.last(task, HEADLINES[task]), cell.name) for cell in cells if cell.run.start_from]
+    scored = [(score, name) for score, name in finetuned if score]
     if not scored:
-        return f"**{title}** was not evaluated (`evaluation.{task}` of the grid), so nothing is said of it."
-    (low, worst), (high, best) = (choose(scored, key=lambda pair: pair[0].mean) for choose in (min, max))
-    apart = "they lie apart in every seed" if low.apart_from(high) else "their seeds overlap"
-    said = f"**{title}**, fine-tuned: {shown(low, '.3f')} ({worst})"
-    said += f" to {shown(high, '.3f')} ({best}); {apart}." if len(scored) > 1 else "."
+        return f"**{title}** was not evaluated (`evaluation.{task}` of the study), so there is no conclusion about it."
+    low, worst = min(scored, key=lambda pair: pair[0].mean)
+    high, best = max(scored, key=lambda pair: pair[0].mean)
+    sentence = f"**{title}**, fine-tuned: {format_spread(low, '.3f')} ({worst})"
+    if len(scored) > 1:
+        ranges = "their ranges are disjoint" if low.ranges_disjoint(high) else "their ranges overlap"
+        sentence += f" to {format_spread(high, '.3f')} ({best}); {ranges}"
+    sentence += "."
     if task == "blimp":
-        pairs_of = max(result.blimp_pairs for cell in found for result in cell.results)
-        said += (
-            f" {pairs_of:,} pairs alone leave a standard error of {(0.25 / pairs_of) ** 0.5:.3f}. A sentence that fits "
-            "into one segment does not read the memory: BLiMP sees how fine-tuning changes the rest of the model."
+        pairs = max(int(result.last("blimp", "pairs") or 0) for cell in cells for result in cell.results)
+        sentence += (
+            f" The standard error from {pairs:,} sentence pairs alone is {(0.25 / pairs) ** 0.5:.3f}. A sentence "
+            "that fits into one segment does not read the memory: BLiMP shows how fine-tuning changes the rest of the "
+            "model."
         )
-    return said
+    return sentence
 
 
-def _of_seeds(found: list[Cell]) -> str:
-    count = max(len(cell.results) for cell in found)
+def _describe_seeds(cells: list[Cell]) -> str:
+    count = max(len(cell.results) for cell in cells)
     if count < 2:
         return "With one seed there is no spread, so no difference can be told from chance."
     more = " More seeds are needed to trust one." if count < ENOUGH_SEEDS else ""
     return (
-        f"Two cells of {count} seeds lie apart in every seed by chance alone in {chance_apart(count, count):.0%} of "
-        f"comparisons, and several are made here.{more}"
+        f"Two equal cells of {count} seeds have disjoint ranges by chance alone in "
+        f"{chance_of_disjoint_ranges(count, count):.0%} of comparisons, and this report makes several.{more}"
     )
 
 
 def verdict(one: Spread, other: Spread, name: str, other_name: str) -> str:
-    """Which of two losses is lower, in so far as the seeds can tell."""
+    """Say which of two losses is lower, as far as the seeds can show."""
+    difference = f"they differ by {one.mean - other.mean:+.4f}"
     if min(len(one.values), len(other.values)) < 2:
-        return f"they differ by {one.mean - other.mean:+.4f}, with one seed."
-    if not one.apart_from(other):
-        return f"they differ by {one.mean - other.mean:+.4f}, and their seeds overlap: no difference is shown."
+        return f"{difference}, with one seed."
+    if not one.ranges_disjoint(other):
+        return f"{difference}, and their ranges over seeds overlap: no difference is shown."
     lower = name if one.mean < other.mean else other_name
     return f"{lower} is lower in every seed, by {abs(one.mean - other.mean):.4f} on average."
 
@@ -116,33 +140,40 @@ def verdict(one: Spread, other: Spread, name: str, other_name: str) -> str:
 # Which cells are compared
 
 
-def main_cells(study: Study, found: list[Cell]) -> list[Cell]:
-    """Those of the study's own setting: its context length, linear rule, and the gates' rate decayed, if there is."""
-    cells = [cell for cell in found if not cell.run.is_plain and cell.run.memory_rule == "linear"]
-    cells = [cell for cell in cells if cell.run.context_length == study.context_length]
-    decayed = [cell for cell in cells if cell.run.gates == "decayed"]
-    return sorted(decayed or cells, key=lambda cell: cell.run.segment_length)
+def main_cells(cells: list[Cell], context_length: int) -> list[Cell]:
+    """Return the cells with the study's own context length, the linear rule and, if there are any, decayed gates."""
+    chosen = [cell for cell in cells if cell.run.uses_memory and cell.run.memory_rule == "linear"]
+    chosen = [cell for cell in chosen if cell.run.context_length == context_length]
+    decayed = [cell for cell in chosen if cell.run.gate_schedule == "decayed"]
+    return sorted(decayed or chosen, key=lambda cell: cell.run.segment_length)
 
 
-def plain_tuned(study: Study, found: list[Cell]) -> Cell | None:
-    """The plain GPT-Neo that was trained on as long as others were fine-tuned with a memory."""
-    plain = (cell for cell in found if cell.run.is_plain and cell.run.start)
-    return next((cell for cell in plain if cell.run.context_length == study.context_length), None)
+def finetuned_plain(cells: list[Cell], context_length: int) -> Cell | None:
+    """Return the plain GPT-Neo that was trained for as long as others were fine-tuned with a memory."""
+    plain = (cell for cell in cells if not cell.run.uses_memory and cell.run.start_from)
+    return next((cell for cell in plain if cell.run.context_length == context_length), None)
 
 
-def pairs(study: Study, found: list[Cell]) -> list[tuple[Cell, Cell]]:
-    """(pre-trained, fine-tuned) cells of the same segments, rows, rule and schedule of gates."""
-    memory = [cell for cell in found if not cell.run.is_plain]
+def pretrained_and_finetuned(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """Return pairs of cells that differ only by when the memory was added."""
+    memory = [cell for cell in cells if cell.run.uses_memory]
     return [
         (one, other)
         for one in memory
         for other in memory
-        if not one.run.start and other.run.start and _setting(one.run) == _setting(other.run)
+        if not one.run.start_from and other.run.start_from and _shape(one.run) == _shape(other.run)
     ]
 
 
-def _setting(run: Run) -> tuple:
-    return run.segment_length, run.context_length, run.memory_rule, run.gates
+def _shape(run: RunInfo) -> tuple[int, int, str, str]:
+    return run.segment_length, run.context_length, run.memory_rule, run.gate_schedule
+
+
+def describe(run: RunInfo) -> str:
+    """Name a configuration in words, without its arm."""
+    parts = [f"segments of {run.segment_length}", f"rows of {run.context_length:,}", f"{run.memory_rule} rule"]
+    parts += [f"{run.gate_schedule} learning rate of the gates", *([run.axes_text] if run.axes else [])]
+    return ", ".join(parts)
 
 
 def same_tokens(one: Cell, other: Cell) -> bool:
@@ -150,21 +181,12 @@ def same_tokens(one: Cell, other: Cell) -> bool:
     return max(tokens) <= 1.01 * min(tokens)
 
 
-def movements(cell: Cell) -> list[Movement]:
-    return [found for result in cell.results if (found := movement(result))]
-
-
-def loss(result: Result) -> float | None:
+def loss(result: RunResult) -> float | None:
     return result.loss
 
 
-def gained(result: Result) -> float | None:
-    """How much lower the loss is with the memory than without it."""
-    return None if result.loss is None else result.loss_memory_off - result.loss
-
-
-def shown(found: Spread | None, form: str = ".4f") -> str:
-    """`3.1415 ± 0.0021`, mean and standard deviation over seeds."""
+def format_spread(found: Spread | None, form: str = ".4f") -> str:
+    """`3.1415 ± 0.0021`: mean and standard deviation over seeds."""
     if found is None:
         return ""
     deviation = "" if found.deviation is None else f" ± {found.deviation:{form.lstrip('+')}}"

@@ -1,4 +1,4 @@
-"""Markdown for reports: its parts, and one HTML file of it that needs no other."""
+"""Build Markdown lists and tables, and turn a Markdown report into one self-contained HTML file."""
 
 import base64
 import html
@@ -33,21 +33,25 @@ def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def table(header: list[str], rows: list[list], words: tuple[str, ...] = ()) -> str:
-    """Columns stand to the right, but for those that are named in `words`."""
-    marks = ["---" if name in words else "---:" for name in header]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, marks, *rows])
+def table(header: list[str], rows: Iterable[Iterable[object]], text_columns: tuple[str, ...] = ()) -> str:
+    """Return a Markdown table. Columns are aligned to the right, except those named in `text_columns`."""
+    alignment = ["---" if name in text_columns else "---:" for name in header]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, alignment, *rows])
 
 
 def to_html(text: str, title: str, folder: Path) -> str:
-    """`folder`: where the pictures lie that the text names; the page carries them inside."""
+    """Convert Markdown to an HTML page with its images embedded.
 
-    def inside(found: re.Match) -> str:
-        picture = base64.b64encode((folder / found[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{picture}"'
+    Args:
+        folder: that the image paths in the text are relative to.
+    """
+
+    def embed(match: re.Match[str]) -> str:
+        image = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{image}"'
 
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
-    body = re.sub(r'src="([^":]+\.png)"', inside, body)
+    body = re.sub(r'src="([^":]+\.png)"', embed, body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     head = f"{HEAD}<title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'

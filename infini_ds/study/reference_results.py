@@ -1,5 +1,6 @@
-"""The study's own figures, of a GPT-Neo to which the memory was added by fine-tuning, with one seed ("Pushing the
-limits of the compressive memory introduced in Infini-attention", TU Delft 2024). And a sibling study's plain GPT-Neo.
+"""Accuracies that the study published: "Pushing the limits of the compressive memory introduced in Infini-attention"
+(TU Delft 2024), a GPT-Neo to which the memory was added by fine-tuning, one seed. GPT_NEO is a plain GPT-Neo from a
+sibling study.
 """
 
 STEPS = (0, 4000, 6000, 8300)  # of fine-tuning
@@ -17,4 +18,4 @@ SUPERGLUE = {
     256: (0.509, 0.543, 0.544, 0.549),
 }
 GPT_NEO = {"blimp": 0.589, "glue": 0.503}
-FIGURES = {"blimp": BLIMP, "glue": SUPERGLUE}
+ACCURACIES = {"blimp": BLIMP, "glue": SUPERGLUE}

@@ -1,26 +1,121 @@
-"""What the runs of a study have reached: read from their folders, and put together over seeds."""
+"""What was measured for each run of a study, and statistics over the seeds of a grid cell.
 
-import json
+Everything here is computed from `results.csv` and `gates.csv` (see results_csv.py), so a reader can repeat it.
+"""
+
 import math
-import re
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from infini_ds.checkpoint.manifest import sha256_of
-from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.study.commands import evaluation_folder, read_evaluation
-from infini_ds.study.grid import Run
+ON, OFF = "on", "off"  # settings of the memory
+# The most that Adam can move a gate's beta up to a step: the sum of the gates' learning rates. Task "gates".
+MAX_GATE_CHANGE = "max_change"
 
-GATE = re.compile(r"gate/layer_(\d+)/head_(\d+)")
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The columns of results.csv that are the same in all rows of a run."""
+
+    run: str  # name
+    cell: str  # name of the grid cell: runs that differ by their seed alone
+    arm: str
+    start_from: str  # name of the run whose exported model it starts from, or ""
+    seed: int
+    steps: int  # of the complete run
+    segment_length: int
+    context_length: int  # tokens in a row
+    memory_rule: str
+    gate_schedule: str  # "constant" or "decayed": the gates' learning rate
+    axes: dict[str, str] = field(default_factory=dict)  # further axes of the grid: recipe key -> value
+
+    @property
+    def uses_memory(self) -> bool:
+        """Whether a row has more than one segment. Otherwise the memory is never read: the model is a plain GPT-Neo."""
+        return self.segment_length < self.context_length
+
+    @property
+    def axes_text(self) -> str:
+        """The further axes, such as "learning_rate 0.001"; "" if there are none."""
+        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.axes.items())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The columns of results.csv that one row has for itself."""
+
+    step: int
+    tokens: int  # that the weights have seen, including those of the run that this one starts from
+    task: str  # "training", "validation", "gates", or a task of the evaluation
+    setting: str  # of the memory: "on", "off", or "other" (that of another document)
+    metric: str
+    value: float
+    sha256: str  # of the model's weights, where they are kept
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The measurements of one finished run, and its gate curves: (layer, head) -> [(step, gate)]."""
+
+    run: RunInfo
+    measurements: tuple[Measurement, ...]
+    gates: dict[tuple[int, int], list[tuple[int, float]]]
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, str, str], dict[int, float]]:
+        curves: dict[tuple[str, str, str], dict[int, float]] = {}
+        for row in self.measurements:
+            curves.setdefault((row.task, row.metric, row.setting), {})[row.step] = row.value
+        return curves
+
+    def curve(self, task: str, metric: str, setting: str = ON) -> dict[int, float]:
+        """Return step -> value, in the order of the steps; {} if it was not measured."""
+        return dict(sorted(self._curves.get((task, metric, setting), {}).items()))
+
+    def last(self, task: str, metric: str, setting: str = ON) -> float | None:
+        """Return the value at the last step of the run; None if it was not measured then."""
+        return self.curve(task, metric, setting).get(self.run.steps)
+
+    def metrics(self, task: str, setting: str = ON) -> list[str]:
+        return [metric for of_task, metric, of_setting in self._curves if (of_task, of_setting) == (task, setting)]
+
+    @cached_property
+    def tokens_at(self) -> dict[int, int]:
+        return {row.step: row.tokens for row in self.measurements}
+
+    @property
+    def tokens(self) -> int:
+        return max(self.tokens_at.values())
+
+    @property
+    def sha256(self) -> str:
+        """Of the exported model."""
+        return next(row.sha256 for row in self.measurements if row.step == self.run.steps)
+
+    @property
+    def loss(self) -> float | None:
+        """The last validation loss."""
+        return self._last_validation(ON)
+
+    @property
+    def loss_memory_off(self) -> float | None:
+        return self._last_validation(OFF)
+
+    def _last_validation(self, setting: str) -> float | None:
+        losses = self.curve("validation", "loss", setting)
+        return losses[max(losses)] if losses else None
+
+    @property
+    def gain(self) -> float | None:
+        """By how much the memory lowers the last validation loss."""
+        return None if self.loss is None or self.loss_memory_off is None else self.loss_memory_off - self.loss
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one figure over seeds."""
+    """One figure over the seeds of a cell."""
 
     values: tuple[float, ...]
 
@@ -30,7 +125,7 @@ class Spread:
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation of single runs; None of one alone."""
+        """The sample standard deviation of single runs; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
@@ -41,181 +136,86 @@ class Spread:
     def high(self) -> float:
         return max(self.values)
 
-    def apart_from(self, other: "Spread") -> bool:
-        """Whether every run of one is below every run of the other."""
+    def ranges_disjoint(self, other: "Spread") -> bool:
+        """Return whether every value of one is below every value of the other."""
         return self.high < other.low or other.high < self.low
 
 
-def spread(values) -> Spread | None:
-    """None if there are none."""
-    there = tuple(value for value in values if value is not None)
-    return Spread(there) if there else None
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return the spread of the values that are not None; None if all are."""
+    measured = tuple(value for value in values if value is not None)
+    return Spread(measured) if measured else None
 
 
-def chance_apart(one: int, other: int) -> float:
-    """How often two groups of so many runs lie apart, as `Spread.apart_from` says, if they do not differ at all."""
+def chance_of_disjoint_ranges(one: int, other: int) -> float:
+    """Return how often the ranges of two groups of so many runs are disjoint if both have the same distribution."""
     return 2 / math.comb(one + other, one)
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    run: Run
-    start: "Result | None"
-    metrics: list[dict]
-    evaluations: dict[int, dict]  # step -> evaluation.json
-
-    @cached_property
-    def tokens(self) -> int:
-        """Of the whole way, that of the run that it starts from included."""
-        return self.own_tokens[-1][1] + (self.start.tokens if self.start else 0)
-
-    @cached_property
-    def own_tokens(self) -> list[tuple[int, int]]:
-        """(step, tokens seen in this run)"""
-        return [(line["step"], line["train/tokens"]) for line in self.metrics if "train/tokens" in line]
-
-    @property
-    def step_tokens(self) -> float:
-        step, tokens = self.own_tokens[-1]
-        return tokens / step
-
-    @cached_property
-    def validation(self) -> dict[int, tuple[float, float]]:
-        """step -> loss with the memory, and without it"""
-        return {
-            line["step"]: (line["validation/loss"], line["validation/loss_memory_off"])
-            for line in self.metrics
-            if "validation/loss" in line
-        }
-
-    @property
-    def loss(self) -> float | None:
-        return self.validation[max(self.validation)][0] if self.validation else None
-
-    @property
-    def loss_memory_off(self) -> float | None:
-        return self.validation[max(self.validation)][1] if self.validation else None
-
-    @cached_property
-    def gates(self) -> dict[tuple[int, int], list[tuple[int, float]]]:
-        """(layer, head) -> (step, gate), from the start on"""
-        first = 1 / (1 + math.exp(-self.run.gate_start))
-        curves: dict[tuple[int, int], list[tuple[int, float]]] = {}
-        for line in self.metrics:
-            for name, gate in line.items():
-                if match := GATE.fullmatch(name):
-                    curves.setdefault((int(match[1]), int(match[2])), [(0, first)]).append((line["step"], gate))
-        return curves
-
-    @property
-    def model_sha256(self) -> str:
-        evaluation = self.evaluations.get(self.run.recipe.steps)
-        return evaluation["model"]["sha256"] if evaluation else sha256_of(self.run.export / "model.safetensors")
-
-    @cached_property
-    def data(self) -> dict:
-        """The run's data_manifest.json."""
-        return json.loads((self.run.folder / "data_manifest.json").read_text())
-
-    @property
-    def data_sha256(self) -> str:
-        """Of the shards that it was trained on."""
-        return ", ".join(stream["shards"] for stream in self.data["fingerprint"]["streams"])
-
-    @property
-    def document_tokens(self) -> float:
-        """Of a document of its training text, on average."""
-        counts = self.data["streams"][0]["manifest"]["train"]
-        return counts["tokens"] / counts["documents"]
-
-    @property
-    def blimp_pairs(self) -> int:
-        """That its last step was scored on."""
-        blimp = self.evaluations.get(self.run.recipe.steps, {}).get("tasks", {}).get("blimp")
-        return sum(paradigm["pairs"] for paradigm in blimp["paradigms"].values()) if blimp else 0
-
-    def steps_with(self, task: str) -> list[int]:
-        return [step for step in sorted(self.evaluations) if self.score(task, step) is not None]
-
-    def score(self, task: str, step: int | None = None) -> float | None:
-        """Accuracy in BLiMP (`blimp`), or mean over the tasks of (Super)GLUE (`glue`): of the last step, or another."""
-        step = self.run.recipe.steps if step is None else step
-        found = self.evaluations.get(step, {}).get("tasks", {}).get(task)
-        return None if found is None else found["accuracy" if task == "blimp" else "mean"]
-
-
-@dataclass(frozen=True)
 class Cell:
-    """Runs that differ by their seed alone."""
+    """A cell of the grid: one configuration, trained with several seeds."""
 
     name: str
-    results: tuple[Result, ...]
+    results: tuple[RunResult, ...]
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunInfo:
+        """The columns of its first run, which differ from the others' by name, seed and start alone."""
         return self.results[0].run
 
-    def over_seeds(self, figure: Callable[[Result], float | None]) -> Spread | None:
+    def over_seeds(self, figure: Callable[[RunResult], float | None]) -> Spread | None:
         return spread(figure(result) for result in self.results)
 
-
-def collect(runs: list[Run]) -> list[Result]:
-    """Of the runs that are trained and exported."""
-    found: dict[str, Result] = {}
-    for run in runs:
-        if run.export.is_dir():
-            evaluations = {step: read_evaluation(evaluation_folder(run, step)) for step in run.evaluated_steps}
-            there = {step: evaluation for step, evaluation in evaluations.items() if evaluation}
-            start = found.get(run.start.name) if run.start else None
-            found[run.name] = Result(run, start, read_metrics(run.folder), there)
-    return list(found.values())
+    def last(self, task: str, metric: str, setting: str = ON) -> Spread | None:
+        return self.over_seeds(lambda result: result.last(task, metric, setting))
 
 
-def cells(results: list[Result]) -> list[Cell]:
-    grouped: dict[str, list[Result]] = {}
+def group_by_cell(results: list[RunResult]) -> list[Cell]:
+    grouped: dict[str, list[RunResult]] = {}
     for result in results:
-        grouped.setdefault(cell_name(result.run), []).append(result)
-    return [Cell(name, tuple(of_name)) for name, of_name in grouped.items()]
-
-
-def cell_name(run: Run) -> str:
-    return run.name.rpartition("-seed")[0]
+        grouped.setdefault(result.run.cell, []).append(result)
+    return [Cell(name, tuple(of_cell)) for name, of_cell in grouped.items()]
 
 
 @dataclass(frozen=True)
-class Movement:
-    """How a run's gates beta moved, means over all heads.
+class GateMovement:
+    """How the gates' beta moved in a run, as means over all heads (sigmoid(beta) is the gate).
 
-    moved: from start to end. path: the way they went, up and down added up. half: share of the path that lay behind
-    them after half of the steps. reach: how far the learning rates let a gate go. reach_half: share of that by then.
+    net_change: distance between start and end. path_length: sum of the changes between recorded steps, up and down.
+    max_change: sum of the gates' learning rates, the most that Adam can move a value. The last two are the
+    fractions of the path and of that sum that belong to the first half of the steps.
     """
 
-    moved: float
-    path: float
-    half: float
-    reach: float
-    reach_half: float
+    net_change: float
+    path_length: float
+    max_change: float
+    first_half_of_path: float
+    first_half_of_learning_rate: float
 
 
-def movement(result: Result) -> Movement | None:
-    """None of a run whose memory is never read, for there its gates do not move."""
-    if result.run.is_plain or not result.gates:
+def gate_movement(result: RunResult) -> GateMovement | None:
+    """Return None for a run whose memory is never read, because its gates have no gradient."""
+    if not result.run.uses_memory or not result.gates:
         return None
-    steps = result.run.recipe.steps
-    moved, path, first_half = [], [], []
+    half = result.run.steps // 2
+    net_changes, path_lengths, first_halves = [], [], []
     for curve in result.gates.values():
         betas = [(step, math.log(gate / (1 - gate))) for step, gate in curve]
-        ways = [(now[0], abs(now[1] - before[1])) for before, now in pairwise(betas)]
-        moved.append(abs(betas[-1][1] - betas[0][1]))
-        path.append(sum(way for _, way in ways))
-        first_half.append(sum(way for step, way in ways if step <= steps / 2))
-    reach = gate_reach(result.run.recipe)
-    return Movement(
-        statistics.fmean(moved),
-        statistics.fmean(path),
-        sum(first_half) / sum(path) if sum(path) else 0.0,
-        reach,
-        gate_reach(result.run.recipe, steps // 2) / reach if reach else 0.0,
+        changes = [(now[0], abs(now[1] - before[1])) for before, now in pairwise(betas)]
+        net_changes.append(abs(betas[-1][1] - betas[0][1]))
+        path_lengths.append(sum(change for _, change in changes))
+        first_halves.append(sum(change for step, change in changes if step <= result.run.steps / 2))
+    limits = result.curve("gates", MAX_GATE_CHANGE)
+    max_change = limits[result.run.steps]
+    return GateMovement(
+        net_change=statistics.fmean(net_changes),
+        path_length=statistics.fmean(path_lengths),
+        max_change=max_change,
+        first_half_of_path=sum(first_halves) / sum(path_lengths) if sum(path_lengths) else 0.0,
+        first_half_of_learning_rate=limits[half] / max_change if max_change else 0.0,
     )
+
+
+def gate_movements(cell: Cell) -> list[GateMovement]:
+    return [movement for result in cell.results if (movement := gate_movement(result))]

@@ -1,48 +1,58 @@
-"""The script that submits a study to Slurm: the data, then an array job for each stage, then the report."""
+"""Write the script that submits a study to Slurm: data preparation, an array job for each stage, then the report."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from infini_ds.study.commands import is_done
-from infini_ds.study.grid import Run, Study
+from infini_ds.study.commands import StudyCommands
+from infini_ds.study.grid import Run
+from infini_ds.utils.atomic import write_text_atomic
 
-JOB = "launch/slurm/study.sbatch"
 
+def submission_script(commands: StudyCommands, runs: list[Run], job_script: Path, arguments: Sequence[str]) -> str:
+    """Return the text of the script, which submits only runs that are not done.
 
-def submission(study: Study, runs: list[Run], call: list[str]) -> str:
-    """The script's text; `call`: what names the study on the command line, a grid and its overrides."""
-    words = shlex.join(call)
-    submit = f'sbatch --parsable --job-name={shlex.quote(study.name)} "$@"'
+    Args:
+        job_script: what each job runs.
+        arguments: the study file and its overrides, as on the command line.
+    """
+    study = commands.study
+    job = f"{shlex.quote(str(job_script))} {shlex.join(arguments)}"
+    sbatch = f'sbatch --parsable --job-name={shlex.quote(study.name)} "$@"'
     lines = [
         "#!/usr/bin/env bash",
-        f"# Submits what is left to do of {study.folder}. From the root of the project, with options for sbatch:",
+        f"# Submits the runs of {study.folder} that are not done. Start it from the project's root, with options of",
+        "# sbatch:",
         f"#   bash {study.folder / 'submit.sh'} --partition=gpu --account=NAME",
         "set -euo pipefail",
-        f"before=$({submit} --gres=none {JOB} {words} --prepare)",
-        'needed="afterok:$before"  # without data there is nothing to train on; a run that fails leaves others alone',
+        f"previous=$({sbatch} --gres=none {job} --prepare)",
+        'dependency="afterok:$previous"  # training needs the data; a run that fails does not stop the later stages',
     ]
     for stage in range(1 + max(run.stage for run in runs)):
-        left = [run.number for run in runs if run.stage == stage and not is_done(study, run)]
-        if left:
-            lines.append(f'before=$({submit} --dependency="$needed" --array={ranges(left)} {JOB} {words})')
-            lines.append('needed="afterany:$before"')
-    lines.append(f'{submit} --gres=none --dependency="$needed" {JOB} {words} --report')
+        numbers = [run.number for run in runs if run.stage == stage and not commands.is_done(run)]
+        if numbers:
+            lines.append(f'previous=$({sbatch} --dependency="$dependency" --array={format_ranges(numbers)} {job})')
+            lines.append('dependency="afterany:$previous"')
+    lines.append(f'{sbatch} --gres=none --dependency="$dependency" {job} --report')
     return "\n".join(lines) + "\n"
 
 
-def ranges(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3,7", as --array takes them."""
-    found: list[list[int]] = []
+def format_ranges(numbers: Sequence[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3,7", the form of sbatch --array."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def write_script(study: Study, runs: list[Run], call: list[str]) -> Path:
-    study.folder.mkdir(parents=True, exist_ok=True)
-    script = study.folder / "submit.sh"
-    script.write_text(submission(study, runs, call))
-    return script
+def write_submission_script(
+    commands: StudyCommands, runs: list[Run], job_script: Path, arguments: Sequence[str]
+) -> Path:
+    folder = commands.study.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "submit.sh"
+    write_text_atomic(path, submission_script(commands, runs, job_script, arguments))
+    return path

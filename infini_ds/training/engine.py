@@ -1,111 +1,167 @@
-"""The door to DeepSpeed: processes are connected and the engine is built here."""
+"""DeepSpeed's engine. No other file of training knows DeepSpeed's names."""
 
 import logging
 import os
 import warnings
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed import distributed_c10d
+from torch import Tensor, nn
 
 from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.recipe import OptimizerRecipe, Recipe
-from infini_ds.distributed.environment import DistEnv
+from infini_ds.config.recipe import Recipe
 from infini_ds.model import InfiniGPTNeoForCausalLM
-from infini_ds.model.memory_rule import get_memory_rule
-from infini_ds.utils.errors import UserError
+from infini_ds.model.modeling import InfiniCausalLMOutput
+from infini_ds.training.optimizer_groups import parameter_groups
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
 
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's calls
+# Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and a
+# compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-def connect(process: DistEnv, timeout_minutes: float) -> None:
-    """Join the run's processes; before any streaming object is made, which waits for the others in its constructor.
 
-    A collective operation fails once it has waited for another rank for `timeout_minutes`.
+class Engine:
+    """DeepSpeed's engine: ZeRO, AdamW over the parameter groups, the recipe's schedule, and checkpoints.
 
-    Raises:
-        UserError: the processes did not find each other.
+    A step is one forward and backward pass for each micro-batch, then `step`. All methods but the forward pass and
+    `learning_rates` are collective: every rank calls them in the same order.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's to mend
-    for name in ("DeepSpeed", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if process.device.type == "cuda":
-        torch.cuda.set_device(process.device)
-    # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU: a minute, and
-    # a compiler that the machine may lack, for what gloo does as well at the sizes that a CPU trains.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    limit = timedelta(minutes=timeout_minutes)
-    # DeepSpeed makes groups of its own without a time limit, and torch takes these defaults for them.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
-    backend = "nccl" if process.device.type == "cuda" else "gloo"
-    try:
-        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
-    except RuntimeError as error:
-        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"rank {process.rank} could not join the {process.world_size} ranks at {place} within timeout_minutes="
-            f"{timeout_minutes}: start every rank, and give an address of the first node that all reach, with a free "
-            f"port ({str(error).strip().splitlines()[0]})"
-        ) from error
 
+    def __init__(self, model: InfiniGPTNeoForCausalLM, recipe: Recipe, config: dict[str, Any]):
+        """`config` is DeepSpeed's JSON with each "auto" filled in, as `deepspeed_config` returns it."""
+        choice = recipe.optimizer
+        groups = parameter_groups(model, choice)
+        betas = (choice.beta1, choice.beta2)
+        settings: dict[str, Any] = {"lr": choice.learning_rate, "betas": betas, "eps": choice.eps}
+        offload = config["zero_optimization"].get("offload_optimizer") or {}
+        if offload.get("device", "none") != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerRecipe) -> list[dict]:
-    """Matrices, the embeddings among them (the input embedding is the output layer's matrix too): weight decay.
-    Biases and norms: none. Gates: none, and their own learning rate. A memory rule names the group of its parameters.
-    """
-    groups = {
-        "decay": {"params": [], "lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay},
-        "no_decay": {"params": [], "lr": optimizer.learning_rate, "weight_decay": 0.0},
-        "gates": {"params": [], "lr": optimizer.gate_learning_rate, "weight_decay": 0.0},
-    }
-    for name, parameter in model.named_parameters():
-        kind = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
-        if ".memory_parameters." in name:
-            kind = get_memory_rule(model.config.memory_rule).optimizer_group
-        groups[kind]["params"].append(parameter)
-    return [{"name": name, **group} for name, group in groups.items()]
-
-
-def step(engine, skip: bool = False) -> None:
-    """DeepSpeed's step behind a backward pass: the optimizer's, if that was the last of the batch.
-
-    With `skip`, on all ranks, weights, moments and schedule stay as they are. DeepSpeed decides that by the norm of the
-    gradient, which it sums up over the ranks: one number that is none in the smallest parameter is enough.
-    """
-    if skip:
-        smallest = min(engine.module.parameters(), key=torch.numel)
-        if getattr(smallest, "_hp_grad", None) is not None:  # bf16 with stage 1, whose gradient the next line misses
-            smallest._hp_grad.fill_(torch.nan)
+            optimizer = DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
         else:
-            deepspeed.utils.safe_set_full_grad(smallest, torch.full_like(smallest, torch.nan, dtype=torch.float32))
-    engine.step()
+            optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+        self._group_names = [group["name"] for group in groups]
+        factors = {name: lambda step: factor(recipe.schedule, recipe.steps, step) for name in self._group_names}
+        factors["gates"] = lambda step: gate_factor(recipe.schedule, recipe.steps, step)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, list(factors.values()))
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        # By default DeepSpeed rejects an fp32 step by the gradient's norm alone. With the optimizer on the CPU it takes
+        # that norm in the backward pass, before `step(skip=True)` changes the gradient; this check comes after.
+        self._engine.optimizer.check_grad_overflow = True
+
+    @property
+    def module(self) -> InfiniGPTNeoForCausalLM:
+        return self._engine.module
+
+    def __call__(self, **micro_batch: Any) -> InfiniCausalLMOutput:
+        """Run the forward pass."""
+        return self._engine(**micro_batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's loss; the last micro-batch of a step reduces it across ranks.
+
+        A non-finite loss makes the gradient NaN, so that all ranks skip the step. The factor stays on the device: the
+        host does not wait, and a finite loss and its gradient are unchanged to the bit.
+        """
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch
+
+    def step(self, skip: bool = False) -> None:
+        """Clip the gradient and run the optimizer and the schedule, unless the gradient is non-finite or `skip` is set.
+
+        A skipped step leaves weights, moments and schedule as they are. DeepSpeed decides by the gradient's norm, which
+        it sums over the ranks: a single NaN in the smallest parameter's gradient is enough.
+        """
+        if skip:
+            smallest = min(self.module.parameters(), key=torch.numel)
+            high_precision = getattr(smallest, "_hp_grad", None)
+            if high_precision is not None:  # bf16 with stage 1, where the lines below have no effect
+                high_precision.fill_(torch.nan)
+            else:
+                value = torch.full_like(smallest, torch.nan, dtype=torch.float32)
+                deepspeed.utils.safe_set_full_grad(smallest, value)
+        self._engine.step()
+
+    @property
+    def step_was_applied(self) -> bool:
+        """Whether the last step changed the weights."""
+        return self._engine.was_step_applied()
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._engine.skipped_steps
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of the next step, by the name of the parameter group."""
+        return dict(zip(self._group_names, self._engine.get_lr(), strict=True))
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping; infinity if it was non-finite."""
+        return float(self._engine.get_global_grad_norm())
+
+    def full_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Return the gradient summed over the ranks, between the last backward pass of a step and `step`."""
+        return deepspeed.utils.safe_get_full_grad(parameter)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type that DeepSpeed's "torch_autocast" computes in. None without it."""
+        return self._engine.torch_autocast_dtype() if self._engine.torch_autocast_enabled() else None
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write weights, optimizer and schedule, and `client_state` with them, into `folder`."""
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Load what `save` wrote, by as many ranks as wrote it; returns the client state."""
+        _, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        self._apply_schedule()
+        return client_state
+
+    def load_universal(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint in DeepSpeed's universal format, by any number of ranks; returns the client state."""
+        with _padding_only_groups(self._engine.optimizer):
+            self._engine._config.load_universal_checkpoint = True  # `checkpoint.load_universal`, for this call alone
+            try:
+                return self.load(folder)
+            finally:
+                self._engine._config.load_universal_checkpoint = False
+
+    def _apply_schedule(self) -> None:
+        """Set the learning rates of this recipe's schedule, which may differ from the checkpoint's."""
+        schedule = self._engine.lr_scheduler
+        groups = self._engine.optimizer.param_groups
+        for group, peak, factor_of_step in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = peak * factor_of_step(schedule.last_epoch)
 
 
-def full_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """What the ranks have summed up, whole, between the last backward pass of a batch and the step; asked by all."""
-    return deepspeed.utils.safe_get_full_grad(parameter)
+@contextmanager
+def _padding_only_groups(optimizer: Any) -> Iterator[None]:
+    """Give each parameter group of which this rank holds padding alone a stand-in while the block runs.
 
-
-def build_engine(model: nn.Module, recipe: Recipe, config: dict):
-    """The DeepSpeed engine, with AdamW over the three parameter groups and the recipe's schedule."""
-    choice = recipe.optimizer
-    groups = parameter_groups(model, choice)
-    settings = {"lr": choice.learning_rate, "betas": (choice.beta1, choice.beta2), "eps": choice.eps}
-    offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer = DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
-    else:
-        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-    of_step = [lambda step: factor(recipe.schedule, recipe.steps, step)] * 2
-    of_step.append(lambda step: gate_factor(recipe.schedule, recipe.steps, step))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of_step)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
-    # For fp32 DeepSpeed asks the norm alone. With the optimizer on the CPU it takes that before `step` can spoil it.
-    engine.optimizer.check_grad_overflow = True
-    return engine
+    DeepSpeed 0.19.8 reads a group's step from the first parameter that this rank holds, and fails with an IndexError if
+    none is held: gates are few numbers, so with many ranks some hold none.
+    """
+    empty = [group for group in optimizer.bit16_groups if all(lp._hp_mapping is None for lp in group)]
+    for group in empty:
+        stand_in: Any = torch.empty(0)
+        stand_in._hp_mapping = SimpleNamespace(get_optim_state_keys=list)
+        stand_in.load_hp_checkpoint_state = lambda *_, **__: None
+        optimizer.param_names[stand_in] = ""
+        group.append(stand_in)
+    try:
+        yield
+    finally:
+        for group in empty:
+            del optimizer.param_names[group.pop()]

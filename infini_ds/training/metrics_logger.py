@@ -1,141 +1,102 @@
-"""What a run records of its steps and validations, says of them, and how fast it is."""
+"""Logs training and validation metrics and throughput."""
 
-import time
-from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
+import logging
+from contextlib import ExitStack
 
 from infini_ds.metrics.memory_diagnostics import MemoryDiagnostics, gate_metrics
 from infini_ds.metrics.metric_writers import MetricWriter, gates, memory_metrics
-from infini_ds.planning.hardware import memory_in_use, peak_flops, training_flops_per_token
-from infini_ds.training.setup import Training
+from infini_ds.metrics.throughput import ThroughputMeter
+from infini_ds.planning.flops import training_flops_per_token
+from infini_ds.planning.hardware import memory_in_use, peak_flops
+from infini_ds.training.hooks import Hook, Step
+from infini_ds.training.stability import RollbackReason
+from infini_ds.training.trainer import Trainer
 from infini_ds.utils.progress import ProgressBar
 
-WAITING = 0.1  # of the time, for data, from which on a run says so
 
+class MetricsLogger(Hook):
+    """Records metrics every `log_every` steps and at each validation, and shows the progress; the first rank writes.
 
-class MetricsLogger:
-    """`with MetricsLogger(run, progress) as recorder:` on every rank; the first one writes. What was recorded of later steps
-    than the run stands at is written over.
+    What was recorded of steps later than the run's is removed, at the start and at a rollback.
     """
 
-    def __init__(self, run: Training, progress: ProgressBar):
-        self.run, self.progress = run, progress
-        self.meter = Meter(run)
-        self.metrics = self.health = None
-        if run.process.is_first:
-            self.metrics = MetricWriter(run.recipe.folder, run.state.step)
-            self.health = MemoryDiagnostics(run.recipe)
+    writer: MetricWriter | None = None
+    diagnostics: MemoryDiagnostics | None = None
 
-    def __enter__(self) -> "MetricsLogger":
-        return self
+    def on_start(self, trainer: Trainer) -> None:
+        run, flops_per_token = trainer.run, training_flops_per_token(trainer.run.model_config)
+        peak = peak_flops(trainer.device, run.precision) * run.dims.world_size
+        self.meter = ThroughputMeter(flops_per_token, peak, run.dims.world_size)
+        self._open = ExitStack()
+        bar = ProgressBar("training", trainer.recipe.steps, trainer.state.step, shown=trainer.is_rank_zero)
+        self.progress = self._open.enter_context(bar)
+        self._open_writer(trainer)
 
-    def __exit__(self, *_) -> None:
-        if self.metrics:
-            self.metrics.close()
+    def _open_writer(self, trainer: Trainer) -> None:
+        if trainer.is_rank_zero:
+            self.writer = MetricWriter(trainer.recipe.folder, trainer.state.step)
+            self.diagnostics = MemoryDiagnostics(trainer.recipe)
 
-    def count(self, tokens: int) -> None:
-        self.meter.tokens += tokens
+    def on_step_start(self, trainer: Trainer, step: Step) -> None:
+        self.meter.start()
 
-    def paused(self) -> "_Pause":
-        """What is done inside is no part of the speed of training."""
-        return _Pause(self.meter)
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.meter.count(trainer.tokens_per_step)
+        events = {f"stability/{name}": value for name, value in step.events.items()}
+        if events and self.writer:
+            self.writer.record(step.number, events)
+        if step.number % trainer.recipe.log_every == 0 or step.number == trainer.recipe.steps:
+            figures = self._step_figures(trainer, step)
+            speed = f"{figures['speed/tokens_per_s']:,.0f}"
+            self.progress.advance({"loss": f"{step.loss:.4f}", "tokens/s": speed})
+        else:
+            self.progress.advance()
+        self.meter.stop()
 
-    def step(self, loss: float, memory: tuple, rates: list[float]) -> dict[str, float]:
-        """Record the figures of a step made at the learning rates `rates`; returns them on every rank."""
-        speed = self.meter.read()
-        waited = torch.tensor(speed["data/wait_share"], device=self.run.process.device)
-        dist.all_reduce(waited, dist.ReduceOp.MAX)  # the others wait for the rank that waits for its data
-        speed["data/wait_share"] = waited.item()
-        weights_rate, _, gates_rate = rates
+    def after_validation(self, trainer: Trainer, loss: float, loss_memory_off: float) -> None:
+        trainer.log(f"validation loss {loss:.4f}, with the memory off {loss_memory_off:.4f}")
+        figures = {"validation/loss": loss, "validation/loss_memory_off": loss_memory_off}
+        self._record(trainer, figures | {"validation/gained_by_memory": loss_memory_off - loss})
+
+    def on_rollback(self, trainer: Trainer, reason: RollbackReason) -> None:
+        self.progress.rewind(trainer.state.step)
+        if self.writer:
+            self.writer.close()
+        self._open_writer(trainer)
+        self.meter.reset()
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._open.close()
+        if self.writer:
+            self.writer.close()
+
+    def _step_figures(self, trainer: Trainer, step: Step) -> dict[str, float]:
+        """Record the figures of a step; returns them on every rank."""
+        speed = self.meter.read(step.figures.seconds_waited)
         figures = {
-            "train/loss": loss,
-            "train/gradient_norm": float(self.run.engine.get_global_grad_norm()),
-            "train/learning_rate": weights_rate,
-            "train/gate_learning_rate": gates_rate,
-            "train/tokens": self.run.state.tokens,
-            "train/skipped_steps": self.run.engine.skipped_steps,
+            "train/loss": step.loss,
+            "train/gradient_norm": trainer.engine.gradient_norm(),
+            "train/learning_rate": step.learning_rates["decay"],
+            "train/gate_learning_rate": step.learning_rates["gates"],
+            "train/tokens": trainer.state.tokens,
+            "train/skipped_steps": trainer.engine.skipped_steps,
+            "speed/memory_gib": memory_in_use(trainer.device) / 2**30,
             **speed,
         }
-        if self.metrics:
-            of_gates = gates(self.run.model)
-            self._record(figures | memory_metrics(self.run.model, memory) | gate_metrics(of_gates))
-            self.metrics.histogram(self.run.state.step, "gate", of_gates)
-        if self.meter.waits_for_data(speed["data/wait_share"]):
-            self.say(
-                f"{speed['data/wait_share']:.0%} of the time goes by waiting for data: raise "
-                f"data.workers={self.run.recipe.data.workers}"
+        if self.writer:
+            gates_now = gates(trainer.model)
+            self._record(trainer, figures | memory_metrics(trainer.model, step.memory) | gate_metrics(gates_now))
+            self.writer.histogram(step.number, "gate", gates_now)
+        if self.meter.warns_of_data_wait(speed["data/wait_share"]):
+            trainer.log(
+                f"{speed['data/wait_share']:.0%} of the time is spent waiting for data: raise "
+                f"data.workers={trainer.recipe.data.workers}",
+                logging.WARNING,
             )
         return figures
 
-    def validation(self, loss: float, without: float) -> None:
-        """Mean losses on the validation rows, with the memory and without it."""
-        names = ("validation/loss", "validation/loss_memory_off", "validation/gained_by_memory")
-        self.say(f"validation loss {loss:.4f}, with the memory switched off {without:.4f}")
-        self._record(dict(zip(names, (loss, without, without - loss), strict=True)))
-
-    def event(self, sentence: str, **values: float) -> None:
-        """Something that happened at this step: said, and marked in the curves as `stability/NAME`."""
-        self.say(sentence)
-        if self.metrics:
-            self.metrics.record(self.run.state.step, {f"stability/{name}": value for name, value in values.items()})
-
-    def say(self, sentence: str) -> None:
-        self.progress.say(f"step {self.run.state.step}: {sentence}")
-
-    def _record(self, figures: dict[str, float]) -> None:
-        if self.metrics:
-            self.metrics.record(self.run.state.step, figures)
-            for hint in self.health.hints(self.run.state.step, figures):
-                self.say(hint)
-
-
-@dataclass
-class Meter:
-    """Tokens per second of training alone, without validation and checkpoints."""
-
-    run: Training
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def __post_init__(self):
-        self.flops = training_flops_per_token(self.run.model.config)
-        self.peak = peak_flops(self.run.process.device, self.run.precision) * self.run.shape.world_size
-        self._since = time.perf_counter()
-        self._readings, self._waited, self._said = 0, self.run.stream.waited, False
-
-    def read(self) -> dict[str, float]:
-        """Figures since the last reading."""
-        if self.run.process.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds = self.seconds + now - self._since
-        rate = self.tokens / seconds
-        waited, self._waited = self.run.stream.waited - self._waited, self.run.stream.waited
-        self.tokens, self.seconds, self._since = 0, 0.0, now
-        self._readings += 1
-        return {
-            "speed/tokens_per_s": rate,
-            "speed/mfu": rate * self.flops / self.peak,
-            "speed/memory_gib": memory_in_use(self.run.process.device) / 2**30,
-            "data/wait_share": waited / seconds,
-        }
-
-    def waits_for_data(self, share: float) -> bool:
-        """Whether it is time to say so: once a run, and not at its first reading, when workers start."""
-        if self._said or self._readings < 2 or share < WAITING:
-            return False
-        self._said = True
-        return True
-
-
-class _Pause:
-    def __init__(self, meter: Meter):
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.meter.seconds += time.perf_counter() - self.meter._since
-
-    def __exit__(self, *_) -> None:
-        self.meter._since = time.perf_counter()
+    def _record(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        if self.writer and self.diagnostics:
+            self.writer.record(trainer.state.step, figures)
+            for warning in self.diagnostics.warnings(trainer.state.step, figures):
+                trainer.log(warning, logging.WARNING)

@@ -1,4 +1,4 @@
-"""The model that a recipe describes."""
+"""Build the model of a recipe."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from infini_ds.utils.errors import UserError
 
 
 def build_model(recipe: Recipe, config: InfiniGPTNeoConfig, schedule: BlockSchedule) -> InfiniGPTNeoForCausalLM:
-    """The model with its first weights, the same on every rank: drawn from the recipe's seed, or read."""
+    """Return the model with its initial weights, the same on every rank: from the recipe's seed, or from a folder."""
     torch.manual_seed(recipe.seed)
     if recipe.model.start_from is not None:
         model = InfiniGPTNeoForCausalLM.from_pretrained(recipe.model.start_from, config=config, dtype=torch.float32)
@@ -26,21 +26,21 @@ def build_model(recipe: Recipe, config: InfiniGPTNeoConfig, schedule: BlockSched
     return model
 
 
-def fitting_block(work: Workload, sharding: ZeroSharding, process: DistEnv) -> int:
-    """`segments_per_block: auto`: the largest block that fits into the memory of every rank, the same on all of them.
+def fitting_block(work: Workload, sharding: ZeroSharding, environment: DistEnv) -> int:
+    """Return the most segments of a block that fit into the memory of every rank, for `segments_per_block: auto`.
 
     Raises:
-        UserError: a rank has no room even for blocks of one segment.
+        UserError: on a rank not even blocks of one segment fit.
     """
-    room = int(memory_free(process) * (1 - HEADROOM))
-    fits = torch.tensor([largest_block(work, sharding, room) or 0, room], device=process.device)
+    limit = int(memory_free(environment) * (1 - HEADROOM))
+    fits = torch.tensor([largest_block(work, sharding, limit) or 0, limit], device=environment.device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-    segments, room = fits.tolist()
+    segments, limit = fits.tolist()
     if not segments:
         least = estimate_memory(work.in_blocks_of(1), sharding).peak
         checkpointing = "" if work.checkpointing else ", set model.gradient_checkpointing=true"
         raise UserError(
             f"model.segments_per_block=auto: even blocks of one segment need {least / 2**30:.1f} GiB, and a rank has "
-            f"{room / 2**30:.1f} GiB: lower batch.micro_rows={work.rows}{checkpointing}, or ask launch/plan.py"
+            f"{limit / 2**30:.1f} GiB: lower batch.micro_rows={work.rows}{checkpointing}, or plan the run first"
         )
     return segments

@@ -1,186 +1,115 @@
-"""From a recipe to the parts that the loop needs: model, data, engine, and where the run goes on."""
+"""Build the trainer of a resolved recipe: data, model, engine and hooks, resumed from the newest checkpoint."""
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, replace
+import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
-import torch.distributed as dist
-from omegaconf import OmegaConf
 
-from data_prep.options import byte_count
 from infini_ds.checkpoint import manager as checkpoints
-from infini_ds.checkpoint.manifest import TrainState
-from infini_ds.config.deepspeed_config import deepspeed_config, default_file
-from infini_ds.config.model_config import block_schedule, check_vocabulary, model_config
-from infini_ds.config.recipe import BatchShape, Recipe, batch_shape
-from infini_ds.data.sources import Source, check_cache_limit, find_sources
-from infini_ds.data.streams import AHEAD, TrainingStream, ValidationRows, check_fingerprint, fingerprint
-from infini_ds.distributed.environment import DistEnv
-from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
+from infini_ds.config.lr_schedule import gate_reach
+from infini_ds.config.resolve import ResolvedRun
+from infini_ds.config.resume import check_same_run
+from infini_ds.config.run_description import write_run_description
+from infini_ds.data.skip_rows import SkipRows
+from infini_ds.data.streams import TrainingStream, ValidationRows
+from infini_ds.distributed.collectives import broadcast_from_rank_zero
+from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
-from infini_ds.streaming_compat.shared_memory import one_start_at_a_time
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
+from infini_ds.training.checkpointing import Checkpointing
+from infini_ds.training.engine import Engine
+from infini_ds.training.gradient_check import GradientCheck
+from infini_ds.training.hooks import Hook
+from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.model_builder import build_model, fitting_block
+from infini_ds.training.stability import Stability
+from infini_ds.training.trainer import Trainer
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
-from infini_ds.utils.run_lock import acquire_run_lock
 
-# What may differ between the recipe that began a run and the one that goes on with it.
-MAY_CHANGE = (
-    *("name", "output", "steps", "resume", "log_every", "timeout_minutes", "deepspeed", "schedule", "validation"),
-    *("data.path", "data.streams", "data.cache", "data.cache_limit", "data.workers"),  # the fingerprint is compared
-    *(
-        "checkpoint",
-        "stability",
-        "guard",
-        "batch.micro_rows",
-        "model.segments_per_block",
-        "model.gradient_checkpointing",
-    ),
-    *("model.checkpoint_layers", "model.offload_states", "model.attention", "model.compile", "plan"),
-)
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Training:
-    """All that the loop works on."""
+def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) -> Trainer | None:
+    """Build the trainer of a run and load its newest checkpoint. Returns None if the run is complete.
 
-    recipe: Recipe
-    process: DistEnv
-    shape: BatchShape
-    precision: str
-    sequence_length: int
-    engine: object
-    stream: TrainingStream
-    validation: ValidationRows
-    state: TrainState
-    resumed_from: Path | None
-    claim: TextIO | None  # of the first rank, on the run's folder; closed when the training ends
-
-    @property
-    def model(self) -> InfiniGPTNeoForCausalLM:
-        return self.engine.module
-
-
-def choose_precision(asked: str, device: torch.device) -> str:
-    """bf16 on a GPU that has it, else fp32; bf16 without native instructions is hundreds of times slower than fp32."""
-    if asked != "auto":
-        return asked
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
-
-
-def newest_checkpoint(recipe: Recipe, data: dict) -> Path | None:
-    """The checkpoint to go on from, the same on all ranks.
+    Call it on all ranks, inside `connect`, with the run's lock taken.
 
     Raises:
-        UserError: there is one, but the recipe asks for a new run or makes other numbers; or all are damaged.
+        UserError: the run was begun with another recipe or other data, its checkpoints are damaged, or a rank has too
+            little memory.
     """
-    found = [checkpoints.complete_checkpoints(recipe.folder)]
-    dist.broadcast_object_list(found)  # of the first rank: a shared file system may show others less
-    if found[0] and not recipe.resume:
-        raise UserError(
-            f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
+    recipe, dims, schedule = run.recipe, run.dims, run.block_schedule
+    newest = newest_checkpoint(run)
+    state = read_manifest(newest).state if newest else TrainState()
+    if state.step >= recipe.steps:
+        logger.info(f"{recipe.folder} has run all of its {recipe.steps} steps: nothing to do; raise steps= to train on")
+        return None
+    if run.environment.device.type == "cuda" and run.precision == "bf16":
+        # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
+        torch.set_float32_matmul_precision("high")
+    if recipe.model.segments_per_block == "auto":
+        work = Workload.of(recipe, run.model_config, run.batch_shape, run.sequence_length, run.precision)
+        sharding = ZeroSharding.from_json(run.deepspeed, dims.world_size)
+        schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, run.environment))
+    if dims.rank == 0:
+        write_run_description(run)
+    stability = Stability(recipe)
+    with one_start_at_a_time(run.environment.local_rank == 0):
+        stream = TrainingStream(
+            list(run.sources),
+            run.batch_shape.rank_rows,
+            recipe.data.seed,
+            recipe.data.workers,
+            run.cache_limit,
+            data_rank=dims.data_rank,
+            data_size=dims.data_size,
         )
-    if found[0]:
-        check_same_run(recipe, data)
+        validation = ValidationRows(list(run.sources))
+    engine = Engine(build_model(recipe, run.model_config, schedule), recipe, run.deepspeed)
+    seed_everything(recipe.seed + 1 + dims.rank)  # dropout differs between ranks
+    if newest:
+        state, data_state = checkpoints.load(engine, newest, dims)
+        stream.load_state_dict(data_state)
+    hooks: list[Hook] = [stability, MetricsLogger(), Checkpointing()]
+    if recipe.stability.check_gradients:
+        hooks.append(GradientCheck())
+    batches = SkipRows(stream, stability.rows_to_skip)
+    trainer = Trainer(run, engine, batches, validation, state, shutdown or GracefulShutdown(), newest, hooks)
+    log_summary(trainer)
+    return trainer
+
+
+def newest_checkpoint(run: ResolvedRun) -> Path | None:
+    """Return the checkpoint to resume from, the same on all ranks; None for a new run.
+
+    Raises:
+        UserError: there is one, but the recipe asks for a new run or gives other results; or all are damaged.
+    """
+    recipe = run.recipe
+    if broadcast_from_rank_zero(lambda: bool(complete_checkpoints(recipe.folder))):
+        if not recipe.resume:
+            raise UserError(
+                f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
+            )
+        assert run.data_fingerprint is not None, "training needs data"
+        check_same_run(recipe, run.data_fingerprint)
     return checkpoints.newest_intact(recipe.folder)
 
 
-def set_up(recipe: Recipe, process: DistEnv) -> Training | None:
-    """Check everything that can be wrong, then build, connecting the processes on the way. None: nothing is left to do.
-
-    Raises:
-        UserError: the recipe does not fit the data, the ranks, or the run that it is to go on with.
-    """
-    sources = find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache)
-    manifest = sources[0].manifest
-    shape = batch_shape(recipe.batch, manifest.sequence_length, process.world_size)
-    cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
-    if cache_limit is not None:
-        readers = process.local_world_size * max(1, recipe.data.workers)
-        check_cache_limit(sources, cache_limit, readers * AHEAD * shape.rank_rows)
-    precision = choose_precision(recipe.precision, process.device)
-    file = default_file(process.device.type) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    ds_config = deepspeed_config(file, recipe, shape, precision)
-    config, schedule = model_config(recipe, manifest), block_schedule(recipe)
-    if recipe.model.attention == "flex_attention" and process.device.type == "cpu":
-        raise UserError(
-            "model.attention=flex_attention trains on GPUs alone, since PyTorch has no backward pass of it on the CPU: "
-            "take model.attention=sdpa"
-        )
-    if process.device.type == "cuda" and precision == "bf16":
-        # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
-        torch.set_float32_matmul_precision("high")
-    check_vocabulary(recipe, sources[0].folder / "tokenizer")
-    data = fingerprint(sources, shape.rows, recipe.data.seed)
-
-    held = acquire_run_lock(recipe.folder) if process.is_first else None
-
-    from infini_ds.training.engine import build_engine, connect
-
-    connect(process, recipe.timeout_minutes)
-    newest = newest_checkpoint(recipe, data)
-    state = checkpoints.read_manifest(newest).state if newest else TrainState()
-    if state.step >= recipe.steps:
-        return None
-    if recipe.model.segments_per_block == "auto":
-        work = Workload.of(recipe, config, shape, manifest.sequence_length, precision)
-        sharding = ZeroSharding.from_json(ds_config, process.world_size)
-        schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, process))
-    if process.is_first:
-        describe_run(recipe, sources, data)
-    with one_start_at_a_time(process.local_rank == 0):
-        stream = TrainingStream(sources, shape.rank_rows, recipe.data.seed, recipe.data.workers, cache_limit)
-        validation = ValidationRows(sources)
-    model = build_model(recipe, config, schedule)
-    engine = build_engine(model, recipe, ds_config)
-    seed_everything(recipe.seed + 1 + process.rank)  # dropout differs between ranks
-    if newest:
-        _, data_state = checkpoints.load(engine, newest)
-        stream.load_state_dict(data_state)
-    return Training(
-        recipe, process, shape, precision, manifest.sequence_length, engine, stream, validation, state, newest, held
+def log_summary(trainer: Trainer) -> None:
+    """Log what is about to be trained, and on what."""
+    run, recipe, shape = trainer.run, trainer.recipe, trainer.run.batch_shape
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    segments = trainer.model.block_schedule.segments_per_block or "all"
+    logger.info(
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {recipe.steps} steps of {shape.rows} rows of "
+        f"{run.sequence_length} tokens in segments of {trainer.model.config.segment_length}, {segments} at once; "
+        f"{run.dims.world_size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} "
+        f"on {trainer.device.type}"
     )
-
-
-def check_same_run(recipe: Recipe, data: dict) -> None:
-    """Raise a UserError if the run's folder was begun with a recipe, or with data, that makes other numbers."""
-    now, defaults = _flatten(asdict(recipe)), _flatten(asdict(Recipe()))  # a key may be younger than the run
-    begun = defaults | _flatten(OmegaConf.to_container(OmegaConf.load(recipe.folder / "recipe.yaml")))
-    for key in now | begun:
-        before, value = begun.get(key, "the default"), now.get(key, "the default")
-        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE) and value != before:
-            raise UserError(
-                f"{key}={value}, but the run in {recipe.folder} was begun with {key}={before}: choose another name=, "
-                f"or give {key}={before} to go on with it"
-            )
-    described = json.loads((recipe.folder / "data_manifest.json").read_text())
-    if "fingerprint" in described:  # runs were begun before there was one
-        check_fingerprint(described["fingerprint"], data)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def describe_run(recipe: Recipe, sources: list[Source], data: dict) -> None:
-    """Write into the run's folder what it is: its recipe, and the data's fingerprint, manifests and tokenizer."""
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    partial = recipe.folder / "recipe.yaml.partial"
-    OmegaConf.save(OmegaConf.structured(recipe), partial)
-    os.replace(partial, recipe.folder / "recipe.yaml")
-    streams = [
-        {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}
-        for source in sources
-    ]
-    partial = recipe.folder / "data_manifest.json.partial"
-    partial.write_text(json.dumps({"fingerprint": data, "streams": streams}, indent=1))
-    os.replace(partial, recipe.folder / "data_manifest.json")
-    shutil.copytree(sources[0].folder / "tokenizer", recipe.folder / "tokenizer", dirs_exist_ok=True)
+    logger.info(f"each gate can move by {gate_reach(recipe):.1f} at most in all steps of this recipe")
+    if trainer.latest_checkpoint:
+        logger.info(f"resumed from {trainer.latest_checkpoint}: {trainer.state.tokens:,} tokens seen")

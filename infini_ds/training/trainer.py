@@ -1,143 +1,202 @@
 """The training loop."""
 
-from contextlib import closing, nullcontext
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from infini_ds.checkpoint import manager as checkpoints
-from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.data.batches import micro_batches, predicted_tokens
+from infini_ds.checkpoint.manifest import TrainState
+from infini_ds.config.recipe import Recipe
+from infini_ds.config.resolve import ResolvedRun
+from infini_ds.data.batches import Batch
+from infini_ds.data.skip_rows import BatchStream, SkipRows
+from infini_ds.data.streams import ValidationRows
+from infini_ds.distributed.async_gather import AsyncGather
 from infini_ds.distributed.signals import GracefulShutdown
-from infini_ds.training.gradient_check import check_gradients
-from infini_ds.training.metrics_logger import MetricsLogger
-from infini_ds.training.setup import Training
-from infini_ds.training.stability import RollbackReason, Stability, StepDecision
+from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.training.hooks import Hook, Step
 from infini_ds.training.validation import position_losses
-from infini_ds.utils.progress import ProgressBar
-from infini_ds.utils.rng import get_rng_states
+
+if TYPE_CHECKING:  # imports DeepSpeed, which takes seconds
+    from infini_ds.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
-def train(run: Training, stop: GracefulShutdown | None = None) -> bool:
-    """Train from where the run stands to its last step, or until `stop`; returns whether the last step is made."""
-    stop = stop or GracefulShutdown()
-    stop.at_work = True
-    guard, steps = Stability(run), run.recipe.steps
-    bar = ProgressBar("training", steps, run.state.step, shown=run.process.is_first)
-    with closing(run.claim) if run.claim else nullcontext(), bar as progress:
-        announce(run, progress)
-        while trouble := make_steps(run, guard, progress, stop):
-            progress.say(guard.go_back(trouble))
-            progress.go_back(run.state.step)
-        if run.state.step < steps:
-            progress.say(
-                f"stopped by {stop.reason} at step {run.state.step} of {steps}: the same command goes on from there"
-            )
-    return run.state.step == steps
+@dataclass
+class Trainer:
+    """Trains on one rank, in step with the others."""
 
+    run: ResolvedRun
+    engine: "Engine"  # model, optimizer and learning-rate schedule
+    stream: BatchStream  # this rank's training batches
+    validation: ValidationRows
+    state: TrainState  # where the run stands
+    shutdown: GracefulShutdown
+    latest_checkpoint: Path | None  # of this run; None before the first one
+    hooks: Sequence[Hook]  # called in this order
+    data_state: dict[str, Any] = field(default_factory=dict)  # the stream's position after this step
 
-def make_steps(run: Training, guard: Stability, progress: ProgressBar, stop: GracefulShutdown) -> RollbackReason | None:
-    """Train until the last step, or until `stop`, or until the run has to go back, for trouble that is returned."""
-    recipe, state, trouble = run.recipe, run.state, None
-    tokens = run.shape.rows * run.sequence_length
-    with MetricsLogger(run, progress) as recorder:
-        batches = iter(run.stream)
-        if validation_is_due(run):
-            validate(run, recorder, stop)
-        while state.step < recipe.steps and not stop.agreed:
-            rates = run.engine.get_lr()
-            verdict, memory = train_step(run, guard.without_passed_over(next(batches)), guard, stop)
-            state.step += 1
-            state.tokens += tokens
-            trouble = guard.note(verdict, recorder)
-            last = state.step == recipe.steps
-            recorder.count(tokens)
-            if state.step % recipe.log_every == 0 or last:
-                figures = recorder.step(verdict.loss, memory, rates)
-                progress.advance({"loss": f"{verdict.loss:.4f}", "tokens/s": f"{figures['speed/tokens_per_s']:,.0f}"})
-            else:
-                progress.advance()
-            if trouble:
-                break
-            if not stop.agreed and validation_is_due(run):
-                validate(run, recorder, stop)
-            due = state.step % recipe.checkpoint.every == 0 and not verdict.empty  # else going back there were progress
-            if due or last or stop.agreed:
-                with recorder.paused():
-                    data_state = run.stream.state_dict()
-                    folder = checkpoints.save(run.engine, recipe.folder, state, data_state, recipe.checkpoint)
-                guard.checkpoint_stands = True
-                progress.say(f"step {state.step}: checkpoint in {folder}")
-    return trouble
+    def fit(self) -> bool:
+        """Train from where the run stands. Returns True at the last step, False after a requested stop."""
+        self.shutdown.can_save = True
+        self.call(Hook.on_start)
+        try:
+            self.start_from_state()
+            while not self.is_complete and not self.shutdown.agreed:
+                step = self.next_step()
+                self.call(Hook.on_step_start, step)
+                loss = self.forward_backward(step)
+                self.exchange(step, loss)
+                self.call(Hook.before_step, step)
+                self.engine.step(step.skip)  # clip, optimizer, learning-rate schedule
+                self.count(step)
+                self.call(Hook.after_step, step)  # log
+                if step.rollback:
+                    self.call(Hook.on_rollback, step.rollback)
+                    self.start_from_state()
+                    continue
+                self.validate_if_due()
+                self.call(Hook.on_step_end, step)  # save
+        finally:
+            self.call(Hook.on_end)
+        if not self.is_complete:
+            where = f"step {self.state.step} of {self.recipe.steps}"
+            logger.info(f"stopped by {self.shutdown.reason} at {where}: resume with the same command")
+        return self.is_complete
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
 
-def train_step(run: Training, batch: dict, guard: Stability, stop: GracefulShutdown) -> tuple[StepDecision, tuple]:
-    """One optimizer step on this rank's rows, unless the verdict on it is to skip it; returns that, and the last rows'
-    memory.
+    @property
+    def model(self) -> InfiniGPTNeoForCausalLM:
+        return self.engine.module
 
-    The loss of a step is the mean over all of its predicted tokens, whichever rank or micro-batch they fall to.
-    DeepSpeed averages gradients over ranks and micro-batches, so each part is divided by the mean tokens of a part.
-    """
-    from infini_ds.training.engine import step  # DeepSpeed, which takes seconds: once the recipe is checked
+    @property
+    def device(self) -> torch.device:
+        return self.run.environment.device
 
-    shape, device = run.shape, run.process.device
-    tokens = torch.tensor(predicted_tokens(batch), device=device)
-    dist.all_reduce(tokens)
-    parts = shape.world_size * shape.accumulation
-    items = tokens.clamp(min=1) / parts  # of none, if all of its rows are passed over
-    states = get_rng_states() if guard.checks_gradients else None
-    share = torch.zeros((), device=device)
-    for number, micro_batch in enumerate(micro_batches(batch, shape.micro_rows, device), 1):
-        output = run.engine(**micro_batch, num_items_in_batch=items)
-        run.engine.backward(output.loss)
-        share += output.loss.detach().float() / parts
-        if number < shape.accumulation:
-            step(run.engine)
-    verdict = guard.judge(share, tokens, stop)
-    if guard.checks_gradients and not verdict.skip:
-        check_gradients(run, batch, items, states)
-        guard.checks_gradients = False
-    step(run.engine, verdict.skip)
-    return verdict, output.memory
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this is rank 0, which logs and writes."""
+        return self.run.dims.rank == 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has reached its last step."""
+        return self.state.step == self.recipe.steps
 
-def validation_is_due(run: Training) -> bool:
-    """Also behind a resume, if the run was stopped before or in the validation of its checkpoint's step."""
-    every, step = run.recipe.validation.every, run.state.step
-    return every > 0 and run.state.validated != step and (step % every == 0 or step == run.recipe.steps)
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.batch_shape.rows * self.run.sequence_length
 
+    def call(self, event: Callable[..., None], *arguments: object) -> None:
+        """Call a method of `Hook` on all hooks."""
+        for hook in self.hooks:
+            getattr(hook, event.__name__)(self, *arguments)
 
-def validate(run: Training, recorder: MetricsLogger, stop: GracefulShutdown) -> None:
-    """Loss on the validation rows with and without the memory; left without a result if the run is to stop."""
-    means = []
-    with recorder.paused():
+    def log(self, sentence: str, level: int = logging.INFO) -> None:
+        """Log a sentence about the current step, once; all ranks may call it."""
+        if self.is_rank_zero:
+            logger.log(level, f"step {self.state.step}: {sentence}")
+
+    def start_from_state(self) -> None:
+        """Read the first batch, and validate if the run was stopped before or in the validation of this step."""
+        self._batches: Iterator[Batch] = iter(self.stream)
+        self._batch = next(self._batches)
+        self._waited_before = self.stream.waited
+        tokens = torch.tensor(self._batch.predicted_tokens, device=self.device)
+        dist.all_reduce(tokens)  # later ones travel with the exchange of the step before
+        self._predicted_tokens = int(tokens)
+        self.validate_if_due()
+
+    def next_step(self) -> Step:
+        shape, tokens = self.run.batch_shape, self._predicted_tokens
+        tokens_per_part = torch.tensor(tokens).clamp(min=1) / (shape.data_size * shape.accumulation)
+        return Step(
+            number=self.state.step + 1,
+            batch=self._batch,
+            predicted_tokens=tokens,
+            tokens_per_part=tokens_per_part.to(self.device, non_blocking=True),
+            learning_rates=self.engine.learning_rates(),
+            skip=not tokens,
+        )
+
+    def forward_backward(self, step: Step) -> Tensor:
+        """Compute the gradient of the step's loss; returns this rank's part of that loss, on the device.
+
+        The loss is the mean over all predicted tokens of the global batch, whichever rank or micro-batch they are in.
+        DeepSpeed averages gradients over data ranks and micro-batches, so each part is divided by the mean number of
+        tokens of a part.
+        """
+        shape = self.run.batch_shape
+        loss = torch.zeros((), device=self.device)
+        for micro_batch in step.batch.micro_batches(shape.micro_rows, self.device):
+            output = self.engine(**micro_batch, num_items_in_batch=step.tokens_per_part)
+            assert output.loss is not None and output.memory is not None
+            self.engine.backward(output.loss)
+            loss += output.loss.detach().float() / (shape.data_size * shape.accumulation)
+            step.memory = output.memory
+        return loss
+
+    def exchange(self, step: Step, loss: Tensor) -> None:
+        """Start the only exchange between the ranks in a step, besides DeepSpeed's own.
+
+        How many tokens the global batch predicts has to be known before the forward pass. So each rank reads its next
+        batch one step ahead, and its number of tokens travels with the loss of this step. Nothing here waits for the
+        device. The one wait of a step is DeepSpeed's: the host has to see whether the gradient is finite before it lets
+        the optimizer change the weights. Figures that are read after that are there already.
+        """
+        self.data_state = self.stream.state_dict()  # before the stream moves on
+        next_tokens = 0
+        if step.number < self.recipe.steps:
+            self._batch = next(self._batches)
+            next_tokens = self._batch.predicted_tokens
+        waited = self.stream.waited - self._waited_before
+        known = torch.tensor([next_tokens, self.shutdown.received, waited], dtype=torch.float64)
+        step.exchange = AsyncGather(torch.cat([loss.double()[None], known.to(self.device, non_blocking=True)]))
+
+    def count(self, step: Step) -> None:
+        """Count the step, and take over what the other ranks know."""
+        self.state.step = step.number
+        self.state.tokens += self.tokens_per_step
+        self._predicted_tokens = step.figures.next_predicted_tokens
+        self.shutdown.agreed = self.shutdown.agreed or step.figures.stop_signal
+
+    def validate_if_due(self) -> None:
+        """Measure the loss on the validation rows with and without the memory.
+
+        Aborted, without a result, when a stop is requested.
+        """
+        every, state = self.recipe.validation.every, self.state
+        is_due = every > 0 and state.validated != state.step and (state.step % every == 0 or self.is_complete)
+        if not is_due or self.shutdown.agreed:
+            return
+        means = []
         for use_memory in (True, False):
             losses = position_losses(
-                run.model,
-                run.validation,
-                run.recipe.validation.rows,
-                run.shape.micro_rows,
+                self.model,
+                self.validation,
+                self.recipe.validation.rows,
+                self.run.batch_shape.micro_rows,
                 use_memory,
-                leave=lambda: stop.agree(run.process.device),
+                abort=lambda: self.shutdown.agree(self.device),
             )
             if losses is None:
                 return
             means.append(losses.mean)
-    loss, without = means
-    run.state.validated, run.state.validation_loss = run.state.step, loss
-    recorder.validation(loss, without)
+        state.validated, state.validation_loss = state.step, means[0]
+        self.call(Hook.after_validation, *means)
 
-
-def announce(run: Training, progress: ProgressBar) -> None:
-    """Say what is about to be trained, and on what."""
-    config, shape = run.model.config, run.shape
-    parameters = sum(p.numel() for p in run.model.parameters())
-    progress.say(
-        f"{run.recipe.name}: {parameters / 1e6:.1f}M parameters, {run.recipe.steps} steps of {shape.rows} rows of "
-        f"{run.sequence_length} tokens in segments of {config.segment_length}, {run.model.block_schedule.segments_per_block or 'all'} at "
-        f"once; {shape.world_size} ranks x "
-        f"{shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} on {run.process.device.type}"
-    )
-    progress.say(f"each gate can move by {gate_reach(run.recipe):.1f} at most in all steps of this recipe")
-    if run.resumed_from:
-        progress.say(f"going on from {run.resumed_from}: {run.state.tokens:,} tokens seen")
+    def restore(self, checkpoint: Path, rows_to_skip: Collection[int]) -> None:
+        """Load a checkpoint of this run, and skip rows from then on."""
+        self.state, data_state = checkpoints.load(self.engine, checkpoint, self.run.dims)
+        self.stream = SkipRows(self.stream.at(data_state), rows_to_skip)
+        self.latest_checkpoint = checkpoint

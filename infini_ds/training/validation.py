@@ -1,15 +1,16 @@
-"""Loss on the validation rows, by position in the sequence, with the memory and with the memory switched off."""
+"""Loss on the validation rows, by position in the sequence, with the memory and with the memory off."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_ds.data.batches import micro_batches
 from infini_ds.data.streams import ValidationRows
 from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ def position_losses(
     limit: int | None,
     micro_rows: int,
     use_memory: bool = True,
-    on_batch=lambda: None,
-    leave=lambda: False,
+    on_batch: Callable[[], None] = lambda: None,
+    abort: Callable[[], bool] = lambda: False,
 ) -> PositionLosses | None:
-    """Over the first `limit` rows, shared out among the ranks; every rank gets the whole result.
+    """Return the losses on the first `limit` rows, which are split across the ranks, on every rank.
 
-    The result depends neither on the number of ranks nor on `micro_rows`, which is how many rows run at once. Before
-    each batch `leave` is asked, as often on every rank: once it is true, the result is None.
+    The result depends neither on the number of ranks nor on `micro_rows`.
+
+    Args:
+        limit: number of rows; None for all.
+        micro_rows: rows that a rank computes at once.
+        use_memory: False switches the memory off.
+        on_batch: called after each batch of this rank.
+        abort: called before each batch, equally often on every rank; once it returns True, the result is None.
     """
     distributed = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -47,29 +54,23 @@ def position_losses(
     batches = rows.batches(micro_rows, limit, rank, world_size)
     rows_of_first_rank = math.ceil(min(limit or len(rows), len(rows)) / world_size)  # no rank has more
     for _ in range(math.ceil(rows_of_first_rank / micro_rows)):
-        if leave():
+        if abort():
             model.train(was_training)
             return None
         batch = next(batches, None)
         if batch is None:  # another rank has one more
             continue
-        T = batch["input_ids"].shape[1]
+        T = batch.input_ids.shape[1]
         if total is None:
             total = torch.zeros(2, T - 1, dtype=torch.float64, device=model.device)
-        for part in micro_batches(batch, micro_rows, model.device):
+        for part in batch.micro_batches(micro_rows, model.device):
             output = model(**part, use_memory=use_memory, loss_reduction="none", return_logits=False)
             total[0] += output.loss.double().sum(0)
-            total[1] += (part["labels"][:, 1:] != -100).sum(0)
+            total[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum(0)
         on_batch()
     model.train(was_training)
-    if distributed:
-        total = _sum_over_ranks(total, rows, model.device)
-    return PositionLosses(*total.cpu())
-
-
-def _sum_over_ranks(total: Tensor | None, rows: ValidationRows, device: torch.device) -> Tensor:
     if total is None:  # fewer rows than ranks
-        T = len(rows[0]["input_ids"])
-        total = torch.zeros(2, T - 1, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total
+        total = torch.zeros(2, len(rows[0]["input_ids"]) - 1, dtype=torch.float64, device=model.device)
+    if distributed:
+        dist.all_reduce(total)
+    return PositionLosses(*total.cpu())

@@ -1,1 +1,1 @@
-"""Small helpers without a room of their own: errors, progress, random states, locks."""
+"""Helpers without a room of their own: errors, logging, progress, random states, atomic writes, hashes, locks."""

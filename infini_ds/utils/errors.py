@@ -1,14 +1,14 @@
-"""Errors that are the user's to repair, and the sentences that say how."""
+"""Errors that the user can fix, and helpers for their sentences."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can repair. The message is one sentence: the option, its value, and the remedy.
+    """A mistake that the user can fix. The message is one sentence: the option, its value, and the remedy.
 
     `distributed.entry_point.run_main` prints the sentence without a stack and exits with code 2. Every other exception
-    is a mistake of the program and keeps its stack. `INFINI_DS_TRACEBACK=1` shows the stack of a UserError too.
+    is a bug in the program and keeps its stack. `INFINI_DS_TRACEBACK=1` shows the stack of a UserError too.
     """
 
 
@@ -25,6 +25,6 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "", cutoff: floa
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error's message without the final period, or its type if it has none."""
+    """Return the first line of another library's error message without the final period, or its type if it is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -9,7 +9,7 @@ from typing import TextIO
 from infini_ds.utils.errors import UserError
 
 LOCK = ".lock"
-TIMEOUT = 10.0  # seconds that the ranks of an earlier job may still need to exit
+TIMEOUT = 10.0  # seconds for which the ranks of an earlier job may still need to exit
 
 
 class LockedError(UserError):
@@ -28,7 +28,7 @@ def acquire_run_lock(folder: Path) -> TextIO:
         file = open(folder / LOCK, "a")  # noqa: SIM115, closed by the caller
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written ({error.strerror}): choose another output=, or repair that folder"
+            f"{folder} cannot be written ({error.strerror}): choose another output folder, or repair that one"
         ) from error
     deadline = time.monotonic() + TIMEOUT
     while True:
@@ -42,6 +42,6 @@ def acquire_run_lock(folder: Path) -> TextIO:
             if time.monotonic() > deadline:
                 file.close()
                 raise LockedError(
-                    f"another job is training in {folder}: wait until it ends, or choose another name="
+                    f"another job is training in {folder}: wait until it ends, or give this run another name"
                 ) from error
         time.sleep(0.2)

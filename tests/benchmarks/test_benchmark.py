@@ -1,70 +1,76 @@
-"""The benchmark measures for real, in small; its figures themselves are in docs/performance.md."""
+"""The benchmark, on models of a few weights; docs/performance.md has the measurements that matter."""
 
 import json
 
 import pytest
 from harness import call_script, run_script
 
-from infini_ds.benchmarks.contenders import Shape
-from infini_ds.benchmarks.measure import Plan, run, summarize
+from infini_ds.benchmarks.contenders import ModelShape
+from infini_ds.benchmarks.measure import BenchmarkPlan, run_benchmark
+from infini_ds.benchmarks.results import Measurement, OutOfMemory, TrainingSpeed, summarize
 
 SMALL = [
-    "--width",
-    "8",
-    "--layers",
-    "1",
-    "--heads",
-    "2",
-    "--vocabulary",
-    "20",
-    "--segment-length",
-    "16",
-    "--steps",
-    "1",
+    *("--width", "8", "--layers", "1", "--heads", "2", "--vocabulary", "20", "--segment-length", "16", "--steps", "1"),
 ]
 
 
 def test_training_is_measured_side_by_side(tmp_path):
-    """Also a contender that the machine's memory is not enough for: 100,000 tokens of full attention."""
+    """Also a contender that needs more memory than the machine has: full attention over 100,000 tokens."""
     options = ["--contenders", "infini:512", "gpt-neo", "--lengths", "64", "100000", "--rounds", "1", "--out", tmp_path]
     done = run_script("launch/benchmark.py", *SMALL, *options)
-    figures = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
-    short, other, long, failed = figures
-    assert [f["tokens"] for f in figures] == [64, 64, 100_000, 100_000]
+    lines = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    short, other, long, failed = lines
+    assert [line["tokens"] for line in lines] == [64, 64, 100_000, 100_000]
     assert short["tokens_per_s"] > 0 and 0 < short["mfu"] < 1 and other["tokens_per_s"] > 0
+    assert short["segments_per_block"] == 512 and "mfu" not in other
     assert long["peak_memory"] > 100_000 * 8 and failed["failed"] == "out of memory"
     assert "out of memory" in done.stdout and "ratio" in done.stdout
     assert (tmp_path / "training.png").stat().st_size > 10_000
 
 
-def test_generation_is_measured(tmp_path):
-    plan = Plan("generation", ("infini:4",), (100,), Shape(8, 1, 2, 20, 16), steps=1, rounds=1)
-    (figure,) = run(plan)
-    assert figure["seconds_per_token"] > 0 and figure["reading_tokens_per_s"] > 0
+def test_generation_is_measured():
+    plan = BenchmarkPlan("generation", ("infini:4",), (100,), ModelShape(8, 1, 2, 20, 16), steps=1, rounds=1)
+    (measurement,) = run_benchmark(plan)
+    assert measurement.result.seconds_per_token > 0 and measurement.result.reading_tokens_per_s > 0
     # Memory and open segment of one layer in fp32, and the documents of 16 slots and of the memory.
-    assert figure["cache_bytes"] == 4 * (2 * (4 * 4 + 4) + 2 * 2 * 16 * 4) + 8 * (16 + 1)
-    assert summarize(plan, [figure], "seconds_per_token")[100, "infini:4"]["ratio"] == 1
+    assert measurement.result.cache_bytes == 4 * (2 * (4 * 4 + 4) + 2 * 2 * 16 * 4) + 8 * (16 + 1)
+    (case,) = summarize([measurement], "seconds_per_token")
+    assert (case.tokens, case.contender, case.ratio) == (100, "infini:4", 1)
 
 
-def test_a_profile_says_where_the_time_goes(tmp_path):
+def test_a_profile_shows_where_the_time_goes(tmp_path):
     options = ["--contenders", "infini:2", "--lengths", "64", "--rounds", "1", "--profile", "--out", tmp_path]
     table = call_script("launch/benchmark.py", *SMALL, *options).stdout
-    figure = json.loads((tmp_path / "profile.jsonl").read_text())
-    calls = {name: count for name, _, count in figure["operators"]}
+    line = json.loads((tmp_path / "profile.jsonl").read_text())
+    calls = {operator["name"]: operator["calls"] for operator in line["operators"]}
     assert calls["aten::addmm"] == 3 * 2 * 2  # out_proj and both of the MLP, in two blocks, each computed twice
     assert "infini:2, 64 tokens" in table and "aten::mm" in table and "others" in table
 
 
 def test_ratios_are_of_the_same_round():
     """The machine was half as fast in the second round, and four times as fast in the third."""
-    plan = Plan("training", ("infini:1", "gpt-neo"), (64,), Shape(8, 1, 2, 20, 16), steps=1, rounds=3)
-    figures = []
-    for number, speed in enumerate((1.0, 0.5, 4.0)):
-        for contender, rate in (("infini:1", 300.0), ("gpt-neo", 100.0)):
-            figures.append({"round": number, "tokens": 64, "contender": contender, "tokens_per_s": rate * speed})
-    cases = summarize(plan, figures, "tokens_per_s")
-    assert cases[64, "infini:1"]["tokens_per_s"] == 300 and cases[64, "gpt-neo"]["tokens_per_s"] == 100
-    assert cases[64, "gpt-neo"]["ratio"] == pytest.approx(1 / 3)
+    measurements = [
+        Measurement(number, 64, contender, TrainingSpeed(rate * speed, 1, 1.0))
+        for number, speed in enumerate((1.0, 0.5, 4.0))
+        for contender, rate in (("infini:1", 300.0), ("gpt-neo", 100.0))
+    ]
+    first, other = summarize(measurements, "tokens_per_s")
+    assert first.result.tokens_per_s == 300 and other.result.tokens_per_s == 100
+    assert other.ratio == pytest.approx(1 / 3) and other.result.mfu is None
+
+
+def test_a_case_without_memory_has_no_ratio():
+    """Neither the one that failed, nor those that are compared with it."""
+    results = [("infini:1", OutOfMemory()), ("gpt-neo", TrainingSpeed(1.0, 1, 1.0))]
+    failed, other = summarize([Measurement(0, 64, name, result) for name, result in results], "tokens_per_s")
+    assert isinstance(failed.result, OutOfMemory) and failed.ratio is None and other.ratio is None
+
+
+def test_a_failing_worker_keeps_its_stack():
+    """A mistake of the user is a sentence; any other error has the worker's output."""
+    plan = BenchmarkPlan("training", ("infini:1",), (64,), ModelShape(9, 1, 2, 20, 16), steps=1, rounds=1)
+    with pytest.raises(RuntimeError, match=r"infini:1 at 64 tokens failed with exit code 1:\n(.*\n)*Traceback"):
+        list(run_benchmark(plan))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,7 @@ def test_ratios_are_of_the_same_round():
         (["--heads", "3"], ["--width 256", "--heads 3"]),
         (["--generation"], ["--contenders gpt-neo", "--generation"]),
         (["--preset", "33k"], ["33k", "33m"]),
+        (["--rule", "quadratic"], ["quadratic", "linear", "delta"]),
     ],
 )
 def test_mistakes_get_a_sentence(options, words, tmp_path):

@@ -1,22 +1,21 @@
-"""Checkpoints: damage is found and passed over, the right ones are kept, any number of ranks goes on from them."""
+"""Checkpoints: damaged ones are found and skipped, the right ones are kept, any number of ranks resumes from them."""
 
-import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from harness import TINY, call_script, pretrain, run_ranks
+from harness import TINY, build, call_script, pretrain, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manager import remove, steps_to_keep
 from infini_ds.checkpoint.manifest import (
     MANIFEST,
@@ -25,15 +24,11 @@ from infini_ds.checkpoint.manifest import (
     complete_checkpoints,
     find_damage,
     read_manifest,
+    write_manifest,
 )
-from infini_ds.config.recipe import CheckpointRecipe, load_recipe
+from infini_ds.config.recipe import CheckpointSection
 from infini_ds.conversion.locate import load_model, locate
-from infini_ds.data.sources import find_sources
-from infini_ds.data.streams import TrainingStream
-from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
 from infini_ds.utils.errors import UserError
 
 VALIDATION = "validation.every=10"  # as the runs of the fixture have it
@@ -50,7 +45,7 @@ def flip(file: Path, bit: int) -> None:
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    """The run with its metrics up to its checkpoints of steps 16 and 20."""
+    """Copy a run with its checkpoints of steps 16 and 20."""
     shutil.copytree(run, folder / run.name)
     assert [checkpoint.name for checkpoint in complete_checkpoints(run)] == ["step-000016", "step-000020"]
     return folder / run.name
@@ -66,55 +61,43 @@ def test_damage_of_any_kind_is_found(runs, tmp_path):
     assert {file.name for file in files} == names == set(read_manifest(checkpoint).files)
     draw = random.Random(0)
     for file in files:
-        whole = file.read_bytes()
-        bit = draw.randrange(8 * len(whole))
+        content = file.read_bytes()
+        bit = draw.randrange(8 * len(content))
         flip(file, bit)
-        assert find_damage(checkpoint) == [f"{file} has another content than was written (sha256)"]
+        assert find_damage(checkpoint) == [f"{file} does not match its checksum (SHA-256)"]
         flip(file, bit)
-        file.write_bytes(whole[: len(whole) // 2])
+        file.write_bytes(content[: len(content) // 2])
         assert (
             find_damage(checkpoint)
-            == [f"{file} has {len(whole) // 2:,} bytes and was written with {len(whole):,}"]
+            == [f"{file} has {len(content) // 2:,} bytes instead of {len(content):,}"]
             == find_damage(checkpoint, read=False)
         )
         file.unlink()
         assert find_damage(checkpoint) == [f"{file} is missing"]
-        file.write_bytes(whole)
+        file.write_bytes(content)
     assert find_damage(checkpoint) == []
 
 
-def test_damage_of_the_mark_is_found(runs, tmp_path):
-    checkpoint = copy_of(runs / "two", tmp_path) / "checkpoints" / "step-000020"
-    draw = random.Random(0)
-    for byte in range(0, len((checkpoint / MANIFEST).read_bytes()), 3):
-        bit = 8 * byte + draw.randrange(8)
-        flip(checkpoint / MANIFEST, bit)
-        assert f"{checkpoint / MANIFEST} is not as it was written" in find_damage(checkpoint)[0], byte
-        flip(checkpoint / MANIFEST, bit)
-    (checkpoint / MANIFEST).write_text(json.dumps({"step": 20, "tokens": 1, "world_size": 2, "torch": "2.13"}))
-    assert len(find_damage(checkpoint)) == 1  # a mark without sums
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, shards, tmp_path, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(runs, shards, tmp_path, capsys):
     run = copy_of(runs / "one", tmp_path)
     states = run / "checkpoints" / "step-000020" / "mp_rank_00_model_states.pt"
     flip(states, 80_000)
-    with pytest.raises(UserError, match=rf"step-000020 is damaged: {states} has another content .* list {run}"):
+    with pytest.raises(UserError, match=f"step-000020 is damaged: {states} does not match its checksum"):
         load_model(locate(run))
     pretrain(shards, tmp_path, "one", VALIDATION)
     output = capsys.readouterr().out
-    assert f"step-000020 is passed over, it is damaged: {states} has another content" in output
-    assert "going on from" in output and "step-000016" in output
+    assert f"step-000020: it is damaged: {states} does not match its checksum" in output
+    assert f"{run / 'checkpoints' / 'step-000016'}: {16 * 4 * 256:,} tokens seen" in output
     assert losses(run) == losses(runs / "one")
     for checkpoint in complete_checkpoints(run):
-        assert find_damage(checkpoint) == []  # that of step 20 has been written anew
+        assert find_damage(checkpoint) == []  # that of step 20 has been written again
         (checkpoint / "random-states-0.pt").unlink()
     with pytest.raises(UserError, match=r"all checkpoints of .* are damaged, .*random-states-0.pt is missing"):
         pretrain(shards, tmp_path, "one", VALIDATION)
 
 
-def test_other_numbers_of_ranks_go_on_with_the_same_losses(runs, shards, tmp_path):
-    """2 -> 1 -> 4 -> 1 ranks. Of four, two hold nothing of the gates, which are four numbers, but padding."""
+def test_other_numbers_of_ranks_resume_with_the_same_losses(runs, shards, tmp_path):
+    """2 -> 1 -> 4 -> 1 ranks. Of four, two hold only padding of the gates, which are four numbers."""
     run, expected = copy_of(runs / "two", tmp_path), losses(runs / "two")
     flip(run / "checkpoints" / "step-000020" / "zero_pp_rank_1_mp_rank_00_optim_states.pt", 80_000)
     pretrain(shards, tmp_path, "two", VALIDATION, "checkpoint.every=1", "checkpoint.keep_last=4")
@@ -132,15 +115,28 @@ def test_other_numbers_of_ranks_go_on_with_the_same_losses(runs, shards, tmp_pat
     shutil.rmtree(run / "checkpoints" / "step-000020")
     pretrain(shards, tmp_path, "two", VALIDATION)
     assert losses(run) == pytest.approx(expected, abs=1e-5)
-    last, whole = (read_metrics(folder)[-2] for folder in (run, runs / "two"))
+    last, undisturbed = (read_metrics(folder)[-2] for folder in (run, runs / "two"))
     for figure in ("train/tokens", "train/learning_rate", "train/gate_learning_rate", "train/skipped_steps"):
-        assert last[figure] == whole[figure], figure
+        assert last[figure] == undisturbed[figure], figure
     a, b = (load_model(locate(folder)).state_dict() for folder in (run, runs / "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
     assert not list(run.rglob("*universal*"))  # nothing of the conversions is left
 
 
-def test_a_conversion_without_room_says_so(runs, shards, tmp_path):
+def test_another_arrangement_of_the_same_ranks_resumes_without_conversion(runs, shards, tmp_path):
+    """ZeRO shards across all ranks, so each loads its own shard; the random states belong to the other arrangement."""
+    run, expected = copy_of(runs / "two", tmp_path), losses(runs / "two")
+    shutil.rmtree(run / "checkpoints" / "step-000020")
+    checkpoint = run / "checkpoints" / "step-000016"
+    write_manifest(checkpoint, replace(read_manifest(checkpoint), sequence=2))
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=two"]
+    output = run_ranks(2, *where, *TINY, VALIDATION, "batch.micro_rows=1")
+    assert "step-000016: " in output
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+    assert [read_manifest(checkpoint).sequence for checkpoint in complete_checkpoints(run)] == [2, 1]
+
+
+def test_a_conversion_on_a_full_disk_is_a_sentence(runs, shards, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", full], capture_output=True).returncode:
@@ -154,62 +150,63 @@ def test_a_conversion_without_room_says_so(runs, shards, tmp_path):
         subprocess.run(["umount", "--lazy", full], check=True)
 
 
-def test_a_running_process_can_go_back(runs, shards, tmp_path):
+def test_a_running_process_can_roll_back(runs, shards, tmp_path):
     """Load an earlier checkpoint into an engine that has trained: what follows is the same to the last bit."""
-    where = [f"data.path={shards}", f"output={tmp_path}", "name=back"]
-    recipe = load_recipe(None, [*where, *TINY, "checkpoint.keep_last=9"])
-    training = set_up(recipe, detect_environment())
-    train(training)
+    trainer = build(f"data.path={shards}", f"output={tmp_path}", "name=back", *TINY, "checkpoint.keep_last=9")
+    trainer.fit()
+    recipe = trainer.recipe
     assert losses(recipe.folder) == losses(runs / "one")
-    state, data_state = checkpoints.load(training.engine, recipe.folder / "checkpoints" / "step-000008")
-    assert (state.step, state.tokens) == (8, 8 * 4 * 256)
-    training.state = state
-    training.stream = TrainingStream(find_sources(str(shards), [], ""), training.shape.rank_rows, recipe.data.seed, 0)
-    training.stream.load_state_dict(data_state)
-    train(training)
+    trainer.restore(recipe.folder / "checkpoints" / "step-000008", rows_to_skip=())
+    assert (trainer.state.step, trainer.state.tokens) == (8, 8 * 4 * 256)
+    trainer.fit()
     assert losses(recipe.folder) == losses(runs / "one")
     a, b = (load_model(locate(folder)).state_dict() for folder in (recipe.folder, runs / "one"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_last_the_round_and_the_best_are_kept(shards, tmp_path):
+def test_the_last_the_periodic_and_the_best_are_kept(shards, tmp_path):
     """A learning rate that rises too high makes an early one the best."""
     keep = ["checkpoint.every=2", "checkpoint.keep_last=2", "checkpoint.keep_every=10", "checkpoint.keep_best=true"]
     rising = ["schedule.warmup_steps=24", "optimizer.learning_rate=1", "steps=24"]
     pretrain(shards, tmp_path, "kept", *keep, *rising, "validation.every=2", "validation.rows=4")
-    validated = {line["step"]: line["validation/loss"] for line in read_metrics(tmp_path / "kept")[1:]
-                 if "validation/loss" in line}  # fmt: skip
+    validated = {
+        line["step"]: line["validation/loss"]
+        for line in read_metrics(tmp_path / "kept")[1:]
+        if "validation/loss" in line
+    }
     best = min(validated, key=validated.get)
     assert best not in (10, 20, 22, 24)
-    good = complete_checkpoints(tmp_path / "kept")
-    assert [read_manifest(checkpoint).state.step for checkpoint in good] == sorted([best, 10, 20, 22, 24])
-    assert {read_manifest(checkpoint).validation_loss for checkpoint in good} <= set(validated.values())
+    complete = complete_checkpoints(tmp_path / "kept")
+    assert [read_manifest(checkpoint).state.step for checkpoint in complete] == sorted([best, 10, 20, 22, 24])
+    assert {read_manifest(checkpoint).validation_loss for checkpoint in complete} <= set(validated.values())
     assert len(list((tmp_path / "kept" / "checkpoints").glob("step-*"))) == 5
 
 
 @given(
-    marks=st.dictionaries(st.integers(1, 50), st.none() | st.floats(0, 9), min_size=1),
+    validated=st.dictionaries(st.integers(1, 50), st.none() | st.floats(0, 9), min_size=1),
+    skipping=st.sets(st.integers(1, 50)),
     keep_last=st.integers(1, 4),
     keep_every=st.integers(0, 6),
 )
-def test_what_is_kept(marks, keep_last, keep_every):
-    steps = sorted(marks)
-    written = [CheckpointManifest(TrainState(step, 0, step, marks[step]), 1, "", "", {}) for step in steps]
-    kept = steps_to_keep(written, CheckpointRecipe(keep_last=keep_last, keep_every=keep_every, keep_best=True))
-    assert set(steps[-keep_last:]) <= kept <= set(steps)
-    judged = [loss for loss in marks.values() if loss is not None]
-    assert not judged or min(judged) in [marks[step] for step in kept]
-    others = kept - set(steps[-keep_last:]) - {step for step in steps if keep_every and step % keep_every == 0}
-    assert len(others) <= 1
+def test_which_steps_are_kept(validated, skipping, keep_last, keep_every):
+    steps = sorted(validated)
+    states = [TrainState(step, 0, step, validated[step], consecutive_skips=step in skipping) for step in steps]
+    manifests = [CheckpointManifest(state, 1, "", "", {}) for state in states]
+    kept = steps_to_keep(manifests, CheckpointSection(keep_last=keep_last, keep_every=keep_every, keep_best=True))
+    expected = set(steps[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
+    expected |= set([step for step in steps if step not in skipping][-1:])
+    assert expected <= kept <= set(steps) and len(kept - expected) <= 1
+    losses = [loss for loss in validated.values() if loss is not None]
+    assert not losses or min(losses) in [validated[step] for step in kept]
 
 
-def test_a_removal_that_is_killed_leaves_nothing_that_looks_whole(tmp_path):
+def test_a_removal_that_is_killed_leaves_nothing_that_looks_valid(tmp_path):
     folder = tmp_path / "checkpoints" / "step-000008"
     folder.mkdir(parents=True)
     for number in range(3000):
         (folder / f"{number}.pt").touch()
     (folder / MANIFEST).touch()
-    removal = multiprocessing.get_context("fork").Process(target=remove, args=(folder,))
+    removal = get_context("fork").Process(target=remove, args=(folder,))
     removal.start()
     while len(os.listdir(folder)) == 3001:
         time.sleep(0)
@@ -221,33 +218,33 @@ def test_a_removal_that_is_killed_leaves_nothing_that_looks_whole(tmp_path):
 def test_the_script_lists_inspects_and_verifies(runs, tmp_path):
     run = copy_of(runs / "two", tmp_path)
     listed = call_script("launch/checkpoint.py", "list", run).stdout.splitlines()
-    assert listed[1].split()[:2] == ["step-000016", f"{16 * 4 * 256:,}"] and listed[1].split()[-1] == "finished"
+    assert listed[1].split()[:2] == ["step-000016", f"{16 * 4 * 256:,}"] and listed[1].split()[-1] == "complete"
     loss = [line["validation/loss"] for line in read_metrics(run) if "validation/loss" in line][-1]
     assert f"{loss:.4f}" in listed[2]
-    assert "whole" in call_script("launch/checkpoint.py", "verify", run).stdout
+    assert "intact" in call_script("launch/checkpoint.py", "verify", run).stdout
 
     last = run / "checkpoints" / "step-000020"
     inspected = call_script("launch/checkpoint.py", "inspect", last).stdout
-    assert "by 2 ranks" in inspected and read_manifest(last).files["config.json"].sha256 in inspected
+    assert "2 ranks, 2 data x 1 sequence" in inspected and read_manifest(last).files["config.json"].sha256 in inspected
 
     (last.parent / "step-000024").mkdir()
     flip(last / "config.json", 9)
     verified = call_script("launch/checkpoint.py", "verify", run, code=1).stdout.splitlines()
-    assert verified[0].endswith("step-000016: whole")
-    assert verified[1] == f"{last}: {last / 'config.json'} has another content than was written (sha256)"
-    assert "step-000024: unfinished" in verified[2]
+    assert verified[0].endswith("step-000016: intact")
+    assert verified[1] == f"{last}: {last / 'config.json'} does not match its checksum (SHA-256)"
+    assert "step-000024: incomplete" in verified[2]
     call_script("launch/checkpoint.py", "verify", last, code=1)
     call_script("launch/checkpoint.py", "verify", last.with_name("step-000016"))
     for path, words in (
         (tmp_path, "neither a checkpoint"),
-        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path / "nowhere", "no such folder"),
         (run, f"is a run: give one of its checkpoints, such as {last.with_name('step-000020')}"),
         (
             last.with_name("step-000024"),
-            f"is not finished (no checkpoint.json), and no run goes on from it: give another one of {run}",
+            f"is incomplete (no checkpoint.json), and no run resumes from it: give another one of {run}",
         ),
     ):
         assert words in call_script("launch/checkpoint.py", "inspect", path, code=2).stderr
-    for mark in run.rglob("checkpoint.json"):
-        mark.unlink()
-    assert call_script("launch/checkpoint.py", "list", run).stdout.count("unfinished") == 3
+    for manifest in run.rglob("checkpoint.json"):
+        manifest.unlink()
+    assert call_script("launch/checkpoint.py", "list", run).stdout.count("incomplete") == 3

@@ -1,41 +1,33 @@
-"""Recipes, DeepSpeed's JSON, schedules: each shipped one is sound, each mistake gets its sentence."""
+"""Recipes: each shipped one is sound, each mistake gets one sentence, text means what the key's type says."""
 
-import json
-from itertools import pairwise
+import math
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
-from harness import ROOT, run_script
-from hypothesis import given
+import yaml
+from harness import ROOT
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from infini_ds.config.deepspeed_config import deepspeed_config
-from infini_ds.config.lr_schedule import factor, gate_factor
-from infini_ds.config.recipe import BatchRecipe, Recipe, ScheduleRecipe, batch_shape, load_recipe
-from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.model.presets import PRESETS, preset_config
-from infini_ds.planning.hardware import training_flops_per_token
+from infini_ds.config.batch_shape import batch_shape
+from infini_ds.config.keys import Key, list_keys
+from infini_ds.config.loader import Loader
+from infini_ds.config.recipe import RECIPE_FILE, Recipe, StreamSection, load_recipe, load_run_recipe
+from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
-from infini_ds.utils.run_lock import acquire_run_lock
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
+EARLIER = Path(__file__).with_name("recipe_of_an_earlier_run.yaml")
+KEYS = list(list_keys(Recipe))
+NUMBERS = [key for key in KEYS if {int, float} & {key.field.annotation, *get_args(key.field.annotation)}]
+COMMAND_LINE = "on the command line"
+many = settings(deadline=None, max_examples=200, derandomize=True)
 
 
-def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {
-        "tiny-cpu",
-        "tiny-gpu",
-        "books-cpu",
-        "33m",
-        "125m",
-        "350m",
-        "1.3b",
-        "2.7b",
-    }
-    assert {path.stem for path in DEEPSPEED} == {
-        *("zero2", "zero2_cpu", "zero2_nodes", "zero2_offload", "zero2_one_gpu"),
-    }
+def test_recipes_of_all_sizes_are_shipped():
+    names = {"tiny-cpu", "tiny-gpu", "books-cpu", "33m", "125m", "350m", "1.3b", "2.7b"}
+    assert {path.stem for path in RECIPES} >= names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -47,71 +39,62 @@ def test_shipped_recipe_is_sound(path):
     preset_config(recipe.model.preset, segment_length=recipe.model.segment_length or 128)
 
 
-@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_shipped_deepspeed_json_is_sound(path, precision):
-    """Nothing is left on "auto", and DeepSpeed itself accepts the result."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    recipe = load_recipe(None, ["batch.rows=8", "batch.micro_rows=2"])
-    config = deepspeed_config(path, recipe, batch_shape(recipe.batch, 256, 2), precision)
-    assert "auto" not in json.dumps(config)
-    assert config["train_batch_size"] == 8 and config["gradient_accumulation_steps"] == 2
-    assert config["bf16"]["enabled"] == (precision == "bf16")
-    config = deepspeed_config(path, recipe, batch_shape(recipe.batch, 256, 1), precision)
-    parsed = DeepSpeedConfig(config)
-    assert parsed.zero_optimization_stage == 2 and parsed.gradient_clipping == 1.0
+def test_defaults_are_a_recipe():
+    assert load_recipe(None, ["batch.rows=1"]).folder == Path("runs/run")
+    assert Recipe().model.preset == "tiny"
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stepz=3", ["stepz", "did you mean steps"]),
-        ("model.segmnt_length=3", ["model.segmnt_length", "model.segment_length"]),
-        ("learning_rate=1", ["learning_rate", "optimizer.learning_rate"]),
-        ("steps=many", ["steps", "many"]),
-        ("steps=0", ["steps=0", "at least 1"]),
-        ("steps", ["steps", "key=value"]),
-        ("optimizer.learning_rate=-1", ["optimizer.learning_rate=-1", "at least 0"]),
-        ("precision=fp16", ["precision='fp16'", "bf16"]),
-        ("schedule.kind=linear", ["schedule.kind='linear'", "wsd"]),
-        ("schedule.kind=wsd", ["schedule.decay_steps"]),
-        ("schedule.warmup_steps=2000", ["schedule.warmup_steps=2000", "steps=1000"]),
-        ("batch.tokens=4096", ["batch.tokens=4096", "batch.rows=4", "exactly one"]),
-        ("batch.rows=null", ["exactly one"]),
-        ("batch=3", ["batch"]),
-        ("model.segments_per_block=many", ["model.segments_per_block='many'", "auto"]),
-        ("model.segments_per_block=0", ["model.segments_per_block=0", "at least 1"]),
-        ("plan.mfu=40", ["plan.mfu=40", "at most 1"]),
-        ("plan.memory=0", ["plan.memory=0", "above 0"]),
-        ("steps=[1", ["steps=[1", "key=value"]),
-        ("name=a/b", ["name='a/b'", "output="]),
-        ("deepspeed=nowhere.json", ["deepspeed=nowhere.json"]),
-        ("data.cache_limit=lots", ["data.cache_limit='lots'", "64MiB"]),
-        ("data.streams=[{proportion: 1}]", ["data.streams[0] has no path"]),
-        ("data.streams=[{path: a, proportion: 1},{path: b}]", ["data.streams[1].proportion=None", "or none"]),
-        ("data.streams=[{path: a, proportion: 1, repeat: 2}]", ["data.streams[0]", "one of them"]),
-        ("data.streams=[{path: a, repeat: -1}]", ["data.streams[0].repeat=-1", "above 0"]),
-        ("data.streams=[{path: a, proportoin: 1}]", ["proportoin", "Did you mean: 'proportion'"]),
-        ("checkpoint.keep_every=-1", ["checkpoint.keep_every=-1", "at least 0"]),
-        ("checkpoint.keep_best=maybe", ["checkpoint.keep_best", "maybe"]),
-        ("stability=false", ["stability", "has to be a group of keys, such as stability.max_consecutive_skips"]),
-        ("stability.rollbacks=3", ["stability.rollbacks", "did you mean stability.max_rollbacks?"]),
-        ("stability.max_consecutive_skips=0", ["stability.max_consecutive_skips=0", "at least 1"]),
-        ("stability.max_consecutive_skips=2.5", ["stability.max_consecutive_skips", "'2.5'", "Integer"]),
-        ("stability.max_rollbacks=-1", ["stability.max_rollbacks=-1", "at least 0"]),
-        ("stability.spike_sigmas=nan", ["stability.spike_sigmas=nan", "at least 0"]),
-        ("stability.spike_window=1", ["stability.spike_window=1", "at least 2"]),
-        ("stability.spike_batches=0", ["stability.spike_batches=0", "at least 1"]),
-        ("stability.on_spike=rollback", ["stability.on_spike='rollback'", "flag, roll_back"]),
-        ("optimizer.learning_rate=inf", ["optimizer.learning_rate=inf", "finite"]),
-        ("optimizer.eps=-1", ["optimizer.eps=-1", "at least 0"]),
-        ("batch.rows=-4", ["batch.rows=-4", "at least 1"]),
+        ("stepz=3", ["unknown key stepz on the command line", "did you mean steps?"]),
+        ("model.segmnt_length=3", ["unknown key model.segmnt_length", "did you mean model.segment_length?"]),
+        ("learning_rate=1", ["unknown key learning_rate", "did you mean optimizer.learning_rate?"]),
+        ("keep_best=1", ["did you mean checkpoint.keep_best?"]),
+        ("zzz=1", ["unknown key zzz", "known are name, output, steps"]),
+        ("a.b.c=1", ["unknown key a on the command line"]),
+        ("stability.rollbacks=3", ["unknown key stability.rollbacks", "did you mean stability.max_rollbacks?"]),
+        ("guard.roll_backs=3", ["unknown key guard", "did you mean stability, its name today?"]),
+        ("stability.roll_backs=3", ["did you mean stability.max_rollbacks, its name today?"]),
+        ("steps=many", ["steps=many on the command line must be an integer of at least 1"]),
+        ("steps=0", ["steps=0 on the command line must be an integer of at least 1"]),
+        ("steps=0x10", ["steps=0x10", "an integer"]),
+        ("steps=null", ["steps=null", "an integer"]),
+        ("steps=[1,2]", ["steps=", "must be an integer of at least 1"]),
+        ("steps={a: 1}", ["steps", "must be an integer of at least 1, not a group of keys"]),
+        ("steps.x=1", ["steps", "must be an integer of at least 1, not a group of keys"]),
+        ("steps", ["override 'steps' is not of the form key=value"]),
+        ("=3", ["override '=3' is not of the form key=value"]),
+        ("steps=[1", ["steps=[1 on the command line cannot be read as YAML", "(line 1, column 3)"]),
+        ("optimizer.learning_rate=-1", ["optimizer.learning_rate=-1", "a number of at least 0"]),
+        ("optimizer.learning_rate=inf", ["optimizer.learning_rate=inf", "a finite number of at least 0"]),
+        ("optimizer.beta2=1.5", ["optimizer.beta2=1.5", "at least 0 and below 1"]),
+        ("precision=fp16", ["precision=fp16", "must be auto, fp32 or bf16"]),
+        ("model.attention=flash", ["model.attention=flash", "must be sdpa or flex_attention"]),
+        ("model.truncate_blocks=0", ["model.truncate_blocks=0", "must be an integer of at least 1 or null"]),
+        ("model.segments_per_block=many", ["model.segments_per_block=many", "an integer of at least 1, auto or null"]),
+        ("model.segments_per_block=0", ["model.segments_per_block=0", "an integer of at least 1, auto or null"]),
+        ("model.position_embedding=none", ["must be segment, rotary or null"]),
+        ("model.gate_init=nan", ["model.gate_init=nan", "a finite number or null"]),
+        ("model.config=3", ["model.config=3", "a group of keys"]),
+        ("batch=3", ["batch=3 on the command line must be a group of keys, such as batch.tokens"]),
+        ("stability=false", ["stability=false", "a group of keys, such as stability.max_consecutive_skips"]),
+        ("stability.max_consecutive_skips=2.5", ["stability.max_consecutive_skips=2.5", "an integer of at least 1"]),
+        ("stability.check_gradients=maybe", ["stability.check_gradients=maybe", "true or false"]),
+        ("stability.on_spike=rollback", ["stability.on_spike=rollback", "flag or roll_back"]),
         ("seed=99999999999999999999", ["seed=99999999999999999999", "below 2147483648"]),
-        ("data.seed=2147483648", ["data.seed=2147483648", "below"]),
-        ("steps=[1,2]", ["steps", "could not be converted to Integer"]),
-        ("data.path=", ["data.path", "'None'"]),
-        ("stability.check_gradients=maybe", ["stability.check_gradients", "maybe"]),
+        ("plan.mfu=40", ["plan.mfu=40", "above 0 and at most 1"]),
+        ("timeout_minutes=1e9", ["timeout_minutes=1e9", "above 0 and below 1000000"]),
+        ("name=a/b", ["name=a/b", "the name of one folder", "output="]),
+        ("name=", ["name=null", "the name of one folder"]),
+        ("data.path=", ["data.path=null", "a path or address"]),
+        ("data.cache_limit=lots", ["data.cache_limit=lots", "a number of bytes such as 200GB or 64MiB"]),
+        ("data.streams=3", ["data.streams=3", "a list of streams"]),
+        ("data.streams=[3]", ["data.streams[0]=3", "a group of keys, such as data.streams[0].path"]),
+        ("data.streams=[{proportion: 1}]", ["data.streams[0] on the command line has no path: give it a folder"]),
+        ("data.streams=[{path: a, repeat: -1}]", ["data.streams[0].repeat=-1", "above 0", "leave the stream out"]),
+        ("data.streams=[{path: a, proportoin: 1}]", ["unknown key data.streams[0].proportoin", "[0].proportion?"]),
+        ("output=${oc.env:NO_SUCH_VARIABLE}", ["interpolation in output", "NO_SUCH_VARIABLE"]),
     ],
 )
 def test_mistakes_get_a_sentence(override, words):
@@ -121,141 +104,211 @@ def test_mistakes_get_a_sentence(override, words):
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
 
 
-def test_going_back_for_a_spike_needs_spikes():
-    with pytest.raises(
-        UserError, match=r"stability.on_spike=roll_back, but with stability.spike_sigmas=0 .* deviations, or"
-    ):
-        load_recipe(None, ["batch.rows=4", "stability.on_spike=roll_back", "stability.spike_sigmas=0"])
+def bounds_of(key: Key) -> dict[str, float]:
+    return {name: getattr(m, name) for m in key.field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}
 
 
-@pytest.mark.parametrize("every", [0, 300])
-def test_the_best_checkpoint_needs_a_validation_each_time(every):
-    with pytest.raises(UserError, match=rf"keep_best=true .* checkpoint.every=500 .* validation.every={every}"):
-        load_recipe(None, ["batch.rows=4", "checkpoint.keep_best=true", f"validation.every={every}"])
+def refused(key: Key) -> st.SearchStrategy[str]:
+    """Texts that the key cannot mean."""
+    annotation = key.field.annotation
+    members = {*(get_args(annotation) if get_origin(annotation) is not Literal else ()), annotation}
+    bounds = bounds_of(key)
+    lists = st.sampled_from(["[1, 2]", "[]"])
+    if bool in members:
+        return lists | st.sampled_from(["maybe", "2", "null", "truee", ""])
+    if {int, float} & members or key.name == "model.segments_per_block":
+        low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+        texts = [lists, st.sampled_from(["nan", "inf", "-inf", ".nan", "many", "1,5", "true"])]
+        if low is not None:
+            texts.append(st.integers(max_value=math.ceil(low) - 1).map(str))
+            texts.append(st.floats(max_value=low, exclude_max="ge" in bounds, allow_infinity=False).map(repr))
+        if high is not None:
+            texts.append(st.integers(min_value=math.floor(high) + 1).map(str))
+            texts.append(st.floats(min_value=high, exclude_min="le" in bounds, allow_infinity=False).map(repr))
+        return st.one_of(texts)
+    if any(get_origin(member) is Literal for member in members):
+        return lists | st.text("abcdefgh", min_size=1)
+    return lists if key.name != "data.streams" else st.sampled_from(["3", "null", "text", "[3]"])
 
 
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
-        load_recipe(tmp_path / "none.yaml")
-    (tmp_path / "broken.yaml").write_text("steps: [1,")
-    with pytest.raises(UserError, match="is not YAML"):
-        load_recipe(tmp_path / "broken.yaml")
-    (tmp_path / "unknown.yaml").write_text("batch: {rows: 2}\nshedule: {kind: wsd}\n")
-    with pytest.raises(UserError, match="shedule"):
-        load_recipe(tmp_path / "unknown.yaml")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"zero_optimisation": {}}, ["zero_optimisation", "zero_optimization"]),
-        ({"zero_optimization": {"stage": 3}}, ["stage=3"]),
-        ({"train_batch_size": 5}, ["train_batch_size=5", "auto"]),
-        ({"checkpoint": {"writer": {"decoupled": True}}}, ["checkpoint=", "decoupled", "leave it out"]),
-        ({"gradient_clipping": 9.0}, ["gradient_clipping=9.0", "auto"]),
-    ],
-)
-def test_mistakes_in_deepspeed_json(change, words, tmp_path):
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps(json.loads((ROOT / "ds_configs" / "zero2_cpu.json").read_text()) | change))
-    recipe = load_recipe(None, ["batch.rows=4"])
+@many
+@given(st.data())
+def test_a_value_out_of_bounds_gives_one_sentence_that_names_the_key(data):
+    key = data.draw(st.sampled_from(KEYS))
+    text = data.draw(refused(key))
     with pytest.raises(UserError) as error:
-        deepspeed_config(file, recipe, batch_shape(recipe.batch, 256, 1), "fp32")
-    assert all(word in str(error.value) for word in words)
-    file.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        deepspeed_config(file, recipe, batch_shape(recipe.batch, 256, 1), "fp32")
+        load_recipe(None, ["batch.rows=4", f"{key.name}={text}"])
+    sentence = str(error.value)
+    assert sentence.startswith(key.name) and "\n" not in sentence and COMMAND_LINE in sentence, sentence
+    assert f" must be {key.values.split()[0]}" in sentence, sentence
 
 
-@given(rows=st.integers(1, 64), world_size=st.integers(1, 8), micro_rows=st.integers(1, 16))
-def test_batch_is_divided_without_rest(rows, world_size, micro_rows):
-    batch = BatchRecipe(rows=rows, micro_rows=micro_rows)
-    if rows % world_size:
-        with pytest.raises(UserError, match="cannot be divided"):
-            batch_shape(batch, 128, world_size)
-        return
-    shape = batch_shape(batch, 128, world_size)
-    assert shape.world_size * shape.accumulation * shape.micro_rows == rows
-    assert shape.micro_rows <= micro_rows
+@many
+@given(st.data())
+def test_a_number_within_bounds_is_taken_from_text_and_from_yaml(data):
+    key = data.draw(st.sampled_from(NUMBERS))
+    bounds = bounds_of(key)
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if int in {key.field.annotation, *get_args(key.field.annotation)}:
+        value = data.draw(st.integers(low, None if high is None else high - 1))
+    else:
+        value = data.draw(st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds, allow_nan=False))
+        assume(math.isfinite(value))
+    loader = Loader(Recipe)  # without the checks across keys
+    loader.add_overrides([f"{key.name}={value!r}"])
+    found = loader.build()
+    for part in key.name.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
 
 
-def test_batch_in_tokens():
-    assert batch_shape(BatchRecipe(tokens=1000, micro_rows=4), 256, 1).rows == 3
-    with pytest.raises(UserError, match="less than one row"):
-        batch_shape(BatchRecipe(tokens=100), 256, 1)
+@many
+@given(st.data())
+def test_a_misspelt_key_is_unknown_and_never_suggested_itself(data):
+    known = {key.name for key in KEYS} | {*Recipe.model_fields}
+    right = data.draw(st.sampled_from(sorted(known)))
+    i, letter = data.draw(st.integers(0, len(right) - 1)), data.draw(st.sampled_from(["", "x", "_", "."]))
+    wrong = data.draw(st.sampled_from([right[:i] + letter + right[i + 1 :], right.upper(), right.split(".")[-1]]))
+    assume(wrong not in known and not wrong.startswith("model.config.") and wrong.strip("."))
+    with pytest.raises(UserError) as error:
+        load_recipe(None, ["batch.rows=4", f"{wrong}=1"])
+    sentence = str(error.value)
+    assert "\n" not in sentence and COMMAND_LINE in sentence and f"did you mean {wrong}?" not in sentence, sentence
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
-def test_schedule(kind):
-    schedule = ScheduleRecipe(kind=kind, warmup_steps=10, decay_steps=20 if kind == "wsd" else 0, final_ratio=0.1)
-    rates = [factor(schedule, 100, step) for step in range(101)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
-    assert all(a >= b for a, b in pairwise(rates[9:]))
-    assert rates[100] == pytest.approx(1.0 if kind == "constant" else 0.1)
-    if kind == "wsd":
-        assert rates[80] == 1.0 and rates[90] == pytest.approx(0.55)
-    assert gate_factor(schedule, 100, 0) == 1.0  # no warm-up for gates
-    constant = ScheduleRecipe(kind=kind, warmup_steps=10, decay_steps=20, gates="constant")
-    assert gate_factor(constant, 100, 99) == 1.0
+@many
+@given(st.text("abz019 #:._-+~,=&%", min_size=1))
+def test_a_name_stays_as_it_is_typed(text):
+    assume(text.strip() not in ("", "~", ".", ".."))
+    assert load_recipe(None, ["batch.rows=4", f"name={text}"]).name == text.strip()
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    # Published sizes; GPT-Neo's with its own vocabulary. The study counts 9.4 with its own shapes.
-    [("study-9m", 9.4), ("125m", 125), ("350m", 355), ("1.3b", 1316), ("2.7b", 2651)],
-)
-def test_presets_have_their_published_size(name, millions):
-    import torch
-
-    from infini_ds.model import InfiniGPTNeoForCausalLM
-
-    with torch.device("meta"):
-        model = InfiniGPTNeoForCausalLM(preset_config(name))
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert count == pytest.approx(millions, rel=0.03)
+@pytest.mark.parametrize("name", ["1.10", "0730", "on", "run #2", "1e3", "2024-01-01", "1:30", "0x10", "No", "a: b"])
+def test_a_name_is_text_on_the_command_line_and_in_a_file(name, tmp_path):
+    assert load_recipe(None, ["batch.rows=4", f"name={name}"]).name == name
+    assert load_recipe(None, ["batch.rows=4", f'name="{name}"']).name == name
+    if name not in ("run #2", "a: b"):  # in a file these need quotes
+        (tmp_path / "plain.yaml").write_text(f"name: {name}\nbatch: {{rows: 2}}\n")
+        assert load_recipe(tmp_path / "plain.yaml").name == name
+    (tmp_path / "quoted.yaml").write_text(f'name: "{name}"\nbatch: {{rows: 2}}\n')
+    recipe = load_recipe(tmp_path / "quoted.yaml")
+    assert recipe.name == name
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
-def test_every_preset_can_be_built():
-    for name in PRESETS:
-        preset_config(name, vocab_size=500)
+def test_numbers_are_decimal():
+    assert load_recipe(None, ["batch.rows=4", "steps=0100"]).steps == 100
+    assert load_recipe(None, ["batch.rows=4", "steps=1_000"]).steps == 1000
+    assert load_recipe(None, ["batch.rows=4", "optimizer.learning_rate=3e-4"]).optimizer.learning_rate == 3e-4
 
 
-def test_flops_follow_the_usual_rule():
-    """About 6 operations for each parameter of a matrix, the embedding counted once, as output layer."""
-    config = preset_config("1.3b")
-    assert training_flops_per_token(config) == pytest.approx(6 * 1316e6, rel=0.03)
+def test_the_home_folder_is_expanded_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    overrides = ["output=~/runs", "data.cache=~/cache", "model.start_from=~/infini", "data.streams=[{path: ~/text}]"]
+    recipe = load_recipe(None, ["batch.rows=4", *overrides])
+    assert recipe.output == "/home/me/runs" and recipe.data.cache == "/home/me/cache"
+    assert recipe.model.start_from == "/home/me/infini" and recipe.data.streams[0].path == "/home/me/text"
+    assert load_recipe(None, ["batch.rows=4", "data.path=s3://bucket/~x"]).data.path == "s3://bucket/~x"
 
 
-def test_defaults_are_a_recipe():
-    assert load_recipe(None, ["batch.rows=1"]).folder == Path("runs/run")
-    assert Recipe().model.preset == "tiny"
+def test_interpolations_are_resolved(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    overrides = ["output=${oc.env:SCRATCH}/runs", "name=seed-${seed}", "schedule.warmup_steps=${log_every}"]
+    recipe = load_recipe(None, ["batch.rows=4", *overrides])
+    assert recipe.folder == Path("/scratch/runs/seed-0") and recipe.schedule.warmup_steps == 10
 
 
-@pytest.mark.parametrize(
-    "override", ["window_size=0", "num_layers=-1", "num_heads=0", "hidden_size=0", "gate_init=nan", "gate_init=inf"]
-)
-def test_sizes_that_no_model_has_get_a_sentence(override):
-    name, _, value = override.partition("=")
-    with pytest.raises(ValueError, match=rf"^{override} must be "):
-        InfiniGPTNeoConfig(**{name: float(value) if name == "gate_init" else int(value)})
+def test_fields_of_the_model_have_the_types_of_yaml(tmp_path):
+    (tmp_path / "r.yaml").write_text("batch: {rows: 2}\nmodel: {config: {hidden_size: 32, resid_dropout: 1e-1}}\n")
+    overrides = ["model.config.num_heads=2", "model.config.attention_types=[[[global], 2]]", "model.config.x.y=on"]
+    config = load_recipe(tmp_path / "r.yaml", overrides).model.config
+    types = {"hidden_size": 32, "resid_dropout": 0.1, "num_heads": 2, "attention_types": [[["global"], 2]]}
+    assert config == types | {"x": {"y": True}}
 
 
-@pytest.mark.parametrize("output", ["a-file", "/proc/nothing"])
-def test_a_folder_that_cannot_be_written_gets_a_sentence(output, tmp_path):
-    (tmp_path / "a-file").touch()
-    with pytest.raises(UserError, match=r"cannot be written \(.*\): choose another output="):
-        acquire_run_lock(load_recipe(None, ["batch.rows=4", f"output={tmp_path / output}"]).folder)
+def test_a_file_may_write_keys_with_dots(tmp_path):
+    (tmp_path / "r.yaml").write_text("batch.rows: 2\nmodel.config.hidden_size: 64\nmodel: {preset: 33m}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.batch.rows, recipe.model.preset, recipe.model.config) == (2, "33m", {"hidden_size": 64})
 
 
-def test_two_jobs_in_one_folder_are_refused(tmp_path):
-    job = """
-import sys
-from pathlib import Path
-from infini_ds.utils import run_lock
-run_lock.TIMEOUT = 0.5
-run_lock.acquire_run_lock(Path(sys.argv[1], "one"))
-"""
-    held = acquire_run_lock(tmp_path / "one")
-    assert f"another job is training in {tmp_path}/one" in run_script("-c", job, tmp_path, code=1).stderr
-    held.close()
-    run_script("-c", job, tmp_path)
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "r.yaml"
+    for text, words in [
+        ("batch: {rows: 0}", f"batch.rows=0 in {file} must be an integer of at least 1 or null"),
+        ("batch: {rows: 2}\nshedule: {kind: wsd}", f"unknown key shedule in {file}: did you mean schedule"),
+        ("batch:", f"batch=null in {file} must be a group of keys, such as batch.tokens"),
+        ("- 1", "does not hold keys and values"),
+        ("steps: [1,", "cannot be read as YAML: "),
+        ("steps: 1\nsteps: 2", "found duplicate key steps (line 2"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            load_recipe(file)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_names_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"--config nowhere.yaml does not exist; known are .*launch/recipes/125m.yaml"):
+        load_recipe("nowhere.yaml")
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path)
+
+
+def test_the_command_line_comes_after_the_file_and_an_empty_file_gives_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text("steps: 7\nbatch: {rows: 2}\nschedule: {warmup_steps: 1}\n")
+    recipe = load_recipe(tmp_path / "r.yaml", ["steps=9", "steps=8", "batch={micro_rows: 2}"])
+    assert (recipe.steps, recipe.batch.rows, recipe.batch.micro_rows, recipe.schedule.warmup_steps) == (8, 2, 2, 1)
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_recipe(tmp_path / "empty.yaml", ["batch.rows=2"]) == load_recipe(None, ["batch.rows=2"])
+
+
+def test_streams_on_the_command_line_replace_the_path_of_a_file_and_the_other_way_round(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("batch: {rows: 2}\ndata: {path: data/books}\n")
+    streams = load_recipe(file, ["data.streams=[{path: a}, {path: b}]"]).data
+    assert streams.streams == (StreamSection(path="a"), StreamSection(path="b")) and streams.path == "data/stdlib"
+    file.write_text("batch: {rows: 2}\ndata: {streams: [{path: a}]}\n")
+    path = load_recipe(file, ["data.path=data/books"]).data
+    assert path.path == "data/books" and path.streams == ()
+    with pytest.raises(UserError, match=r"both given.*\(data.path on the command line, data.streams on the command"):
+        load_recipe(file, ["data.path=x", "data.streams=[{path: a}]"])
+
+
+def test_a_recipe_is_written_and_read_again(tmp_path):
+    overrides = ["batch.rows=3", "data.streams=[{path: 1.10, repeat: 2}]", "model.config.eos=1e-3", "plan.memory=7"]
+    for path in [None, *RECIPES]:
+        recipe = load_recipe(path, overrides if path is None else [])
+        (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+        assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+@settings(many, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(st.characters(codec="utf-8", exclude_characters="/$"), min_size=1), seed=st.integers(0, 2**31 - 1))
+def test_any_name_is_written_and_read_again(name, seed, tmp_path):
+    assume(name not in (".", ".."))
+    recipe = Recipe(name=name, seed=seed)
+    (tmp_path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_run_recipe(tmp_path) == recipe
+
+
+def test_earlier_names_are_read_in_a_run_folder_alone(tmp_path):
+    text = yaml.safe_load(EARLIER.read_text())
+    text["guard"] |= {"skipped_in_a_row": 7, "roll_backs": 5, "spike_sigmas": 4.0}
+    (tmp_path / RECIPE_FILE).write_text(yaml.safe_dump(text))
+    recipe = load_run_recipe(tmp_path)
+    limits = recipe.stability
+    assert (limits.max_consecutive_skips, limits.max_rollbacks, limits.spike_sigmas) == (7, 5, 4.0)
+    with pytest.raises(UserError, match=r"unknown key guard .* did you mean stability, its name today"):
+        load_recipe(tmp_path / RECIPE_FILE)
+    (tmp_path / "data_manifest.json").write_text("{}")  # what makes it a run's folder
+    assert load_recipe(tmp_path / RECIPE_FILE) == recipe
+
+
+def test_a_section_is_frozen_and_checked_when_it_is_made():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().steps = 3
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Recipe(steps=0)

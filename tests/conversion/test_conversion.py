@@ -1,4 +1,4 @@
-"""Conversion: an export stands alone and gives the engine's logits; GPT-Neo becomes Infini-GPT-Neo; the scripts."""
+"""Conversion: an export works without this project and gives the same logits; GPT-Neo is converted; scripts."""
 
 import json
 import subprocess
@@ -6,20 +6,28 @@ import sys
 
 import pytest
 import torch
-from harness import call_script, environment, pretrain, run_script
+from harness import ROOT, call_script, environment, pretrain, run_script
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from infini_ds.conversion.locate import load_model, load_tokenizer, locate
+from infini_ds.conversion.locate import ModelLocation, load_model, load_tokenizer, locate
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 
-# A process that has torch and transformers, and none of this project's packages nor the libraries that train.
+# A process with torch and transformers, but without this project's packages and the libraries for training.
 ALONE = """
+import importlib.util
 import sys
+from pathlib import Path
 
+folder, out, project = sys.argv[1:]
+# As if the project were not installed: neither on the path, nor by the finder of an editable installation.
+sys.path = [path for path in sys.path if not Path(path or ".", "infini_ds").exists()]
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+for name in ("infini_ds", "data_prep"):
+    assert importlib.util.find_spec(name) is None, name
 for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "omegaconf"):
-    sys.modules[name] = None  # as if it were not installed
+    sys.modules[name] = None  # an import of it fails
 import torch
 from transformers import (
     AutoConfig,
@@ -29,8 +37,7 @@ from transformers import (
     pipeline,
 )
 
-folder, out = sys.argv[1:]
-# First, for transformers 4 then has not yet copied the code that another class of the folder may need.
+# Loaded first, when transformers 4 has not yet copied the code that the other class of the folder needs.
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -41,18 +48,20 @@ with torch.no_grad():
     assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
+files = [getattr(module, "__file__", None) or "" for module in sys.modules.values() if module is not None]
+assert not [file for file in files if file.startswith((f"{project}/infini_ds/", f"{project}/data_prep/"))]
 """
 
 
 @pytest.fixture(scope="module")
 def exported(runs):
-    """The run `one`, exported by the command line in safetensors of at most 100 kB."""
+    """The run `one`, exported by the command line to safetensors files of at most 100 kB."""
     out = runs / "one" / "export"
     run_script("launch/convert.py", runs / "one", "--out", out, "--max-shard-size", "100KB")
     return out
 
 
-def test_export_holds_what_is_promised(exported):
+def test_an_export_has_all_files_and_a_card(exported):
     shards = list(exported.glob("model-*.safetensors"))
     assert len(shards) > 2 and (exported / "model.safetensors.index.json").exists()
     config = json.loads((exported / "config.json").read_text())
@@ -71,24 +80,24 @@ def test_export_holds_what_is_promised(exported):
         assert (exported / name).exists(), name
 
 
-def test_export_alone_gives_the_engines_logits(exported, tmp_path):
-    """In a fresh process, in another folder, without this project."""
+def test_an_export_works_without_this_project(exported, tmp_path):
+    """In a new process that cannot import the project. It gives the logits of the checkpoint."""
     variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "out.pt")]
+    command = [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "out.pt"), str(ROOT)]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     alone = torch.load(tmp_path / "out.pt")
-    engine = load_model(locate(exported.parent))
+    model = load_model(locate(exported.parent))
     with torch.no_grad():
-        logits = engine(torch.arange(1, 201).view(2, 100)).logits
+        logits = model(torch.arange(1, 201).view(2, 100)).logits
     assert torch.equal(alone["logits"], logits)
-    assert torch.allclose(alone["last"], logits[:, -1], rtol=0, atol=1e-5)  # the classifier's body has the weights
+    assert torch.allclose(alone["last"], logits[:, -1], rtol=0, atol=1e-5)  # the classifier has the same body
     assert alone["text"].startswith("import") and len(alone["text"]) > 20
 
 
-def test_export_from_two_ranks_and_in_bf16(runs, tmp_path):
+def test_export_of_two_ranks_and_in_bf16(runs, tmp_path):
     call_script("launch/convert.py", runs / "two", "--out", tmp_path / "bf16", "--dtype", "bfloat16")
     (file,) = (tmp_path / "bf16").glob("*.safetensors")
     weights = load_file(file)
@@ -113,26 +122,20 @@ def gpt_neo(shards, tmp_path_factory):
     config = GPTNeoConfig(vocab_size=512, **layers, **positions, bos_token_id=0, eos_token_id=0)
     folder = tmp_path_factory.mktemp("gpt-neo")
     GPTNeoForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(locate_tokenizer(shards)).save_pretrained(folder)
+    load_tokenizer(ModelLocation(shards / "tokenizer", None, None)).save_pretrained(folder)
     return folder
 
 
-def locate_tokenizer(shards):
-    from infini_ds.conversion.locate import Source
-
-    return Source(shards / "tokenizer", None, None)
-
-
 @pytest.mark.parametrize(("gates", "beta"), [("closed", -4.0), ("zero", 0.0)])
-def test_gpt_neo_becomes_infini_gpt_neo_and_trains_on(gates, beta, gpt_neo, shards, tmp_path):
+def test_gpt_neo_becomes_infini_gpt_neo_and_is_trained(gates, beta, gpt_neo, shards, tmp_path):
     out = tmp_path / "infini"
     call_script("launch/convert.py", "--from-gpt-neo", gpt_neo, "--out", out, "--segment-length", 32, "--gates", gates)
     model = InfiniGPTNeoForCausalLM.from_pretrained(out).eval()
     assert all((layer.attention.beta == beta).all() for layer in model.transformer.h)
     ids = torch.randint(2, 512, (2, 32), generator=torch.Generator().manual_seed(0))
-    theirs = GPTNeoForCausalLM.from_pretrained(gpt_neo).eval()
+    gpt_neo_model = GPTNeoForCausalLM.from_pretrained(gpt_neo).eval()
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-5)  # one segment
+        assert torch.allclose(model(ids).logits, gpt_neo_model(ids).logits, atol=1e-5)  # one segment
     pretrain(shards, tmp_path, "tuned", "steps=6", "validation.every=6", shape=[f"model.start_from={out}"])
     lines = read_metrics(tmp_path / "tuned")
     before, after = (line["validation/loss"] for line in lines if "validation/loss" in line)
@@ -140,22 +143,26 @@ def test_gpt_neo_becomes_infini_gpt_neo_and_trains_on(gates, beta, gpt_neo, shar
     assert lines[-2]["gate/layer_0/head_0"] != pytest.approx(1 / (1 + torch.tensor(-beta).exp().item()), abs=1e-4)
 
 
-def test_mistakes_get_a_sentence(runs, tmp_path):
+def test_mistakes_are_one_sentence(runs, exported, gpt_neo, tmp_path):
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     for arguments, words in (
-        ([tmp_path / "none"], "there is no such folder"),
-        ([empty], "no finished checkpoint"),
+        ([tmp_path / "none"], "no such folder"),
+        ([empty], "no complete checkpoint"),
         ([tmp_path], "neither an exported folder"),
+        ([exported], "is already in Hugging Face format"),
+        ([gpt_neo], f"is a gpt_neo model: convert it first, with --from-gpt-neo {gpt_neo}"),
         (["--from-gpt-neo", tmp_path], "--from-gpt-neo"),
+        (["--from-gpt-neo", exported], "is a 'infini_gpt_neo' model, not gpt_neo"),
+        (["--from-gpt-neo", gpt_neo, "--segment-length", "99"], "segment_length=99 is more than"),
         ([runs / "one", "--from-gpt-neo", "x"], "either"),
-        ([runs / "one", "--gates", "zero"], "--gates zero has a meaning only with --from-gpt-neo"),
+        ([runs / "one", "--gates", "zero"], "--gates zero has an effect only with --from-gpt-neo"),
     ):
         done = call_script("launch/convert.py", *arguments, "--out", tmp_path / "out", code=2)
         assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_refused_upload_keeps_the_folder(exported, tmp_path):
+def test_a_failed_upload_keeps_the_folder(exported, tmp_path):
     out = tmp_path / "out"
     done = call_script("launch/convert.py", exported.parent, "--out", out, "--push-to-hub", "nobody/nothing", code=2)
     assert "--push-to-hub nobody/nothing" in done.stderr and "Traceback" not in done.stderr
@@ -163,7 +170,7 @@ def test_refused_upload_keeps_the_folder(exported, tmp_path):
 
 
 def test_generate_from_run_checkpoint_and_export(exported, tmp_path):
-    """The three give the same text; prompts come from arguments, files and standard input; longer than any segment."""
+    """All three give the same text. The prompt is longer than a segment, from an argument, a file or standard input."""
     greedy = ["--temperature", "0", "--max-new-tokens", "12"]
     prompt = "def walk(self, node):\n    return " * 20
     texts = [
@@ -178,7 +185,7 @@ def test_generate_from_run_checkpoint_and_export(exported, tmp_path):
     call_script("launch/generate.py", exported, "--prompt", prompt, "--memory-off", "--max-new-tokens", "3")
 
 
-def test_mistakes_in_generate_get_a_sentence(exported, tmp_path):
+def test_mistakes_in_generate_are_one_sentence(exported, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for arguments, words in (
         (["--file", tmp_path / "binary"], "cannot be read as text"),

@@ -1,4 +1,4 @@
-"""Two hosts, as two network namespaces with a cable between them: `deepspeed --hostfile`, by ssh and node by node."""
+"""Two hosts, as two connected network namespaces: `deepspeed --hostfile`, by ssh and one launcher on each host."""
 
 import os
 import shutil
@@ -14,15 +14,16 @@ from infini_ds.metrics.metric_writers import read_metrics
 HOSTS = {"infini-a": "10.77.31.1", "infini-b": "10.77.31.2"}
 CABLE = "infini0"
 # Each host has a /dev/shm of its own.
-ON = 'exec ip netns exec {host} unshare --mount sh -c \'mount -t tmpfs tmpfs /dev/shm && exec "$@"\' -- "$@"'
+ON_HOST = 'exec ip netns exec {host} unshare --mount sh -c \'mount -t tmpfs tmpfs /dev/shm && exec "$@"\' -- "$@"'
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-def on(host: str, *command) -> list[str]:
-    return ["bash", "-c", ON.format(host=host), "--", *map(str, command)]
+def on_host(host: str, *command: str | Path) -> list[str]:
+    """Return the command line that runs `command` on a host."""
+    return ["bash", "-c", ON_HOST.format(host=host), "--", *map(str, command)]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,14 @@ def hosts():
             ip("-n", host, "link", "set", CABLE, "up")
         yield HOSTS
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+        pytest.skip(f"network namespaces cannot be created: {error.stderr.strip()}")
     finally:
         for host in HOSTS:
             subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
 
-def command_of(shards: Path, folder: Path, *options: str) -> list[str]:
+def training_command(shards: Path, folder: Path, *options: str) -> list[str]:
+    """Write a hostfile of both hosts, and return the command that trains on them."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in HOSTS.values()))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--log_level", "error"]
@@ -55,8 +57,8 @@ def command_of(shards: Path, folder: Path, *options: str) -> list[str]:
     return [*map(str, launcher), *options, *master, "launch/pretrain.py", *TINY, *where, "validation.every=10"]
 
 
-def assert_trained_as_by_one_launcher(folder: Path, runs: Path) -> None:
-    """The same numbers as two ranks of one host."""
+def assert_losses_of_one_host(folder: Path, runs: Path) -> None:
+    """Compare with two ranks of one host."""
     ours, theirs = (
         [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
         for run in (folder / "hosts", runs / "two")
@@ -68,7 +70,7 @@ def test_a_launcher_on_each_of_two_hosts(hosts, shards, runs, tmp_path):
     variables = environment(GLOO_SOCKET_IFNAME=CABLE, OMP_NUM_THREADS="1")
     launchers = [
         subprocess.Popen(
-            on(host, *command_of(shards, tmp_path, "--no_ssh", "--node_rank", str(number))),
+            on_host(host, *training_command(shards, tmp_path, "--no_ssh", "--node_rank", str(number))),
             cwd=ROOT,
             env=variables,
             stdout=subprocess.PIPE,
@@ -84,7 +86,7 @@ def test_a_launcher_on_each_of_two_hosts(hosts, shards, runs, tmp_path):
             launcher.kill()
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     assert "2 ranks" in outputs[0]
-    assert_trained_as_by_one_launcher(tmp_path, runs)
+    assert_losses_of_one_host(tmp_path, runs)
 
 
 def test_one_launcher_reaches_two_hosts_by_ssh(hosts, shards, runs, tmp_path):
@@ -94,10 +96,10 @@ def test_one_launcher_reaches_two_hosts_by_ssh(hosts, shards, runs, tmp_path):
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     shutil.copy(f"{key}.pub", tmp_path / "authorized")
-    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd does not start without it
     options = {"AuthorizedKeysFile": tmp_path / "authorized", "StrictModes": "no", "Port": 2231, "PidFile": "none"}
     settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    servers = [subprocess.Popen(on(host, sshd, "-D", "-f", "/dev/null", "-h", key, *settings)) for host in hosts]
+    servers = [subprocess.Popen(on_host(host, sshd, "-D", "-f", "/dev/null", "-h", key, *settings)) for host in hosts]
     client = f"-i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
     variables = environment(PDSH_SSH_ARGS_APPEND=client, DS_ENV_FILE=str(tmp_path / "variables"))
     exported = {
@@ -107,10 +109,10 @@ def test_one_launcher_reaches_two_hosts_by_ssh(hosts, shards, runs, tmp_path):
         "DS_ACCELERATOR": "cpu",
     }
     (tmp_path / "variables").write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
-    command = command_of(shards, tmp_path, "--ssh_port", "2231", "--no_ssh_check")
+    command = training_command(shards, tmp_path, "--ssh_port", "2231", "--no_ssh_check")
     try:
         done = subprocess.run(
-            on("infini-a", *command), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
+            on_host("infini-a", *command), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
         )
     finally:
         for server in servers:
@@ -118,4 +120,4 @@ def test_one_launcher_reaches_two_hosts_by_ssh(hosts, shards, runs, tmp_path):
             server.wait()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks" in done.stdout
-    assert_trained_as_by_one_launcher(tmp_path, runs)
+    assert_losses_of_one_host(tmp_path, runs)

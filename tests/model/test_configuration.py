@@ -78,7 +78,7 @@ def test_every_preset_builds_a_model(name):
 
 
 def test_an_unknown_preset_is_rejected():
-    with pytest.raises(ValueError, match="preset='huge' is not one of tiny"):
+    with pytest.raises(ValueError, match=r"preset='huge' is not one of tiny"):
         preset_config("huge")
 
 

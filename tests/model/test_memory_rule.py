@@ -11,11 +11,11 @@ from reference import REFERENCE_RULES, TINY, gradients, random_ids, reference_fo
 from strategies import batches, texts_in_pieces
 from torch.testing import assert_close
 
-from infini_ds.config.recipe import OptimizerRecipe
+from infini_ds.config.recipe import OptimizerSection
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, register_memory_rule
 from infini_ds.model.memory import MemoryState, prefix_sums, retrieve
 from infini_ds.model.memory_rule import RULES, MemoryRule, state_tensors
-from infini_ds.planning.hardware import training_flops_per_token
+from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.training.engine import parameter_groups
 
 many = settings(deadline=None, max_examples=40, derandomize=True)
@@ -125,7 +125,7 @@ def test_weights_without_a_rules_parameter_get_its_initial_value(tmp_path):
 
 def test_a_rule_chooses_its_optimizer_group():
     model = tiny_model(memory_rule="gated_decay")
-    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(model, OptimizerRecipe())}
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(model, OptimizerSection())}
     own = {id(layer.attention.memory_parameters["a"]) for layer in model.transformer.h}
     assert own < groups["gates"] and len(groups["gates"]) == 4
 

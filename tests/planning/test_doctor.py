@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from harness import ROOT, TINY, call_script, environment
 
-from infini_ds.config.recipe import BatchShape, load_recipe
-from infini_ds.data.sources import find_sources
+from infini_ds.config.batch_shape import BatchShape
+from infini_ds.config.recipe import load_recipe
+from infini_ds.config.training_data import find_sources
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.planning import doctor
 from infini_ds.planning.doctor import check_room_in_shm, check_versions, examine
@@ -76,7 +77,7 @@ def test_damaged_shards_are_found_and_removed_where_they_can_be_made_anew(data, 
 
 def test_cache_limit_leftovers_and_missing_data(data, tmp_path):
     ((check, sentence),) = those(findings(data, tmp_path, "data.cache_limit=1GB"), "problem")
-    assert check == "cache limit" and "the only copy: name it file://" in sentence
+    assert check == "recipe" and "the only copy: name it file://" in sentence
     far = f"file://{data}"
     assert not those(findings(far, tmp_path, f"data.cache={tmp_path / 'cache'}", "data.cache_limit=1GB"), "problem")
 
@@ -159,5 +160,5 @@ def test_ranks_meet_or_are_missed(tmp_path):
     ]
     first, second = (process.communicate(timeout=60)[0] for process in alone)
     assert [process.returncode for process in alone] == [1, 1]
-    assert "problem ranks         rank 1 of 2 did not come to 127.0.0.1" in first and "Traceback" not in first
+    assert "problem ranks         rank 1 of 2 did not reach 127.0.0.1" in first and "Traceback" not in first
     assert "cannot be reached from" in second and "Traceback" not in second

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import ROOT, call_script, environment, pretrain
+from harness import ROOT, call_script, environment, join_ranks, pretrain
 from reference import split_schedule
 from torch.profiler import ProfilerActivity, profile
 
+from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.config.recipe import BatchShape, load_recipe
+from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
@@ -31,11 +32,11 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
     """Bytes at the peak of model, engine and two real optimizer steps: what torch's allocator reported to the profiler,
     temporaries inside of operators included, whatever the process's libraries and the C library's heap hold besides.
     """
-    from infini_ds.training.engine import build_engine, connect
+    from infini_ds.training.engine import Engine
 
     shape = BatchShape(work.rows * work.accumulation, 1, work.rows)
     recipe = load_recipe(None, [f"batch.rows={shape.rows}"])
-    connect(detect_environment(), recipe.timeout_minutes)
+    join_ranks(detect_environment())
     ds_config = deepspeed_config(ROOT / "ds_configs" / "zero2_cpu.json", recipe, shape, work.precision)
     ds_config["zero_optimization"]["reduce_bucket_size"] = bucket
     batch = {"input_ids": torch.randint(work.config.vocab_size, (work.rows, work.tokens))}
@@ -48,13 +49,14 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
         model.block_schedule = work.schedule
         if work.checkpointing:
             model.gradient_checkpointing_enable()
-        engine = build_engine(model, recipe, ds_config)
-        for _ in range(2 * work.accumulation):
+        engine = Engine(model, recipe, ds_config)
+        for micro_batch in range(1, 2 * work.accumulation + 1):
             gc.collect()  # when Python finds garbage in cycles should not play a part
             loss = engine(**batch).loss
             engine.backward(loss)
-            engine.step()
-    engine.destroy()
+            if micro_batch % work.accumulation == 0:
+                engine.step()
+    engine._engine.destroy()
     held, in_use, peak = {}, 0, 0
     for _, size, pointer in sorted(allocations(profiled.profiler.kineto_results.experimental_event_tree())):
         in_use -= held.pop(pointer, 0)  # before it is given out again too: the profiler misses some frees
@@ -162,9 +164,7 @@ def peak_in_blocks_of(segments: int, rows: int) -> int:
 
 
 def test_the_largest_block_fits_and_twice_as_much_does_not():
-    from infini_ds.training.engine import connect
-
-    connect(detect_environment(), timeout_minutes=1)
+    join_ranks(detect_environment())
     free = memory_free(detect_environment())
     rows = free // peak_in_blocks_of(8, rows=1)  # of a batch with which about 8 segments fill what this machine has
     chosen = fitting_block(replace(LONG, rows=rows), ONE_RANK, detect_environment())

@@ -1,4 +1,4 @@
-"""launch/slurm/pretrain.sbatch on a real Slurm of two nodes: `make test-slurm`. Prints what happens to each job.
+"""launch/slurm/pretrain.sbatch on a real Slurm of two nodes: `make test-slurm`. Reports what happens to each job.
 
 The nodes may be two daemons on one machine: each task gets a /dev/shm of its own, which needs root.
 """
@@ -16,7 +16,7 @@ from harness import ROOT, SHAPE, environment
 from infini_ds.metrics.metric_writers import read_metrics
 
 pytestmark = pytest.mark.timeout(900)
-CHOICES = [
+OPTIONS = [
     *("batch.rows=8", "batch.micro_rows=2", "log_every=1", "validation.every=0", "checkpoint.every=100000"),
     *("schedule.kind=constant", "schedule.warmup_steps=4", "optimizer.learning_rate=0.005"),
 ]
@@ -25,13 +25,13 @@ CLUSTER = {"SLURM_CONF": os.environ["SLURM_CONF"]} if "SLURM_CONF" in os.environ
 ENVIRONMENT = environment(
     OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", INSIDE="tests/slurm/own_shared_memory", **CLUSTER
 )
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-# Of the logs, what is not shown.
+FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+# Lines of the logs with these words are not shown.
 ORDINARY = ("training ", "each gate can move", " parameters, ", "got SIGCONT", "forcing job", "step aborted")
 STARTED = time.monotonic()
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     print(f"{time.monotonic() - STARTED:6.1f} s  {text}", flush=True)
 
 
@@ -44,8 +44,8 @@ def slurm(*command: str) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     if not shutil.which("sinfo") or subprocess.run(["sinfo", "-h"], capture_output=True).returncode:
-        pytest.fail("no Slurm answers to sinfo: start one, and set SLURM_CONF")
-    say(slurm("sinfo", "--version") + ": " + slurm("sinfo", "-h", "-N", "-o", "%N %T %cCPU").replace("\n", ", "))
+        pytest.fail("sinfo reaches no Slurm: start one, and set SLURM_CONF")
+    report(slurm("sinfo", "--version") + ": " + slurm("sinfo", "-h", "-N", "-o", "%N %T %cCPU").replace("\n", ", "))
 
 
 class Job:
@@ -55,15 +55,15 @@ class Job:
         log = f"--output={output}/{name}-%j.log"
         where = [f"data.path={shards}", f"output={output}", f"name={name}"]
         command = ["sbatch", "--parsable", *size, log, *options, "launch/slurm/pretrain.sbatch"]
-        command += [*where, *SHAPE, *CHOICES, *overrides]
+        command += [*where, *SHAPE, *OPTIONS, *overrides]
         done = subprocess.run(
             command, cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, check=True
         )
-        self.id, self.released = done.stdout.strip(), "0"  # for the last restart that it was let go on after
+        self.id, self.released = done.stdout.strip(), "0"  # number of the last restart that was hurried
         given = " ".join([*(f"{k}={v}" for k, v in variables.items()), "sbatch", *options, *overrides])
-        say(f"{name}: {self.shortly(given)} -> job {self.id}")
+        report(f"{name}: {self.shorten(given)} -> job {self.id}")
 
-    def shortly(self, text: str) -> str:
+    def shorten(self, text: str) -> str:
         return text.replace(f"{self.run}/", "RUN/").replace(f"{self.folder}/", "OUTPUT/")
 
     def losses(self) -> list[float]:
@@ -77,11 +77,11 @@ class Job:
         deadline = time.monotonic() + limit
         while not condition():
             restarts, state = self.field("Restarts"), self.field("JobState")
-            assert time.monotonic() < deadline and (state not in ENDED or condition()), self.logs()
+            assert time.monotonic() < deadline and (state not in FINAL_STATES or condition()), self.logs()
             if state == "PENDING" and self.field("Reason") == "BeginTime" and restarts != self.released:
                 self.released = restarts
-                say(f"job {self.id} waits again after restart {restarts}; it may start in 5 s")
-                # The nodes refuse a job that they have just ended: hence Slurm's own delay of two minutes.
+                report(f"job {self.id} is pending after restart {restarts}; it may start in 5 s")
+                # Nodes refuse a job that they have just ended, which is why Slurm itself waits two minutes.
                 time.sleep(5)
                 slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
             time.sleep(0.5)
@@ -90,10 +90,11 @@ class Job:
         begun = len(self.losses())
         self.wait_for(lambda: len(self.losses()) >= begun + steps)
 
-    def end(self) -> str:
-        self.wait_for(lambda: self.field("JobState") in ENDED)
+    def final_state(self) -> str:
+        """Wait until the job has ended, and return its state."""
+        self.wait_for(lambda: self.field("JobState") in FINAL_STATES)
         state = self.field("JobState")
-        say(f"job {self.id}: {state}, {len(self.losses())} steps, restarts {self.field('Restarts')}")
+        report(f"job {self.id}: {state}, {len(self.losses())} steps, restarts {self.field('Restarts')}")
         return state
 
     def logs(self) -> str:
@@ -101,13 +102,13 @@ class Job:
         return "\n".join(file.read_text() for file in files)
 
     def show(self) -> None:
-        """Print the logs, but for what every run says."""
+        """Print the logs without the lines that every run logs."""
         for line in self.logs().splitlines():
             if line.strip() and not any(words in line for words in ORDINARY):
-                print(f"          | {self.shortly(line)}", flush=True)
+                print(f"          | {self.shorten(line)}", flush=True)
 
     def clear(self) -> None:
-        """Cancel it, and remove its logs from the project's root, those of an array's tasks too."""
+        """Cancel the job and remove its logs from the project's root, also those of an array's tasks."""
         subprocess.run(["scancel", self.id], env=ENVIRONMENT, capture_output=True)
         for word in slurm("scontrol", "show", "job", self.id).split():
             if word.startswith("JobId="):
@@ -132,29 +133,29 @@ def submit(shards, tmp_path):
 def undisturbed(shards, tmp_path_factory) -> list[float]:
     output = tmp_path_factory.mktemp("undisturbed")
     job = Job(shards, output, "undisturbed", "steps=40")
-    assert job.end() == "COMPLETED", job.logs()
-    assert (ROOT / f"slurm-infini-{job.id}-node1.log").exists()  # a log a node
+    assert job.final_state() == "COMPLETED", job.logs()
+    assert (ROOT / f"slurm-infini-{job.id}-node1.log").exists()  # one log for each node
     job.clear()
     return job.losses()
 
 
 @pytest.mark.parametrize("per", ["task", "node"])
-def test_preempted_and_requeued_goes_on_to_the_same_losses(per, submit, undisturbed):
+def test_a_preempted_job_is_requeued_and_resumes_with_the_same_losses(per, submit, undisturbed):
     job = submit(f"per-{per}", "steps=40", PER=per)
     job.wait_for_steps(5)
-    say(f"scancel --signal=USR1 {job.id}, as --signal does before the time limit, at step {len(job.losses())}")
+    report(f"scancel --signal=USR1 {job.id}, as --signal does before the time limit, at step {len(job.losses())}")
     slurm("scancel", "--signal=USR1", job.id)
     job.wait_for(lambda: job.field("Restarts") == "1")
     job.wait_for_steps(5)
-    say(f"scontrol requeue {job.id}, as a preemption does, at step {len(job.losses())}")
+    report(f"scontrol requeue {job.id}, as a preemption does, at step {len(job.losses())}")
     slurm("scontrol", "requeue", job.id)
-    assert job.end() == "COMPLETED", job.logs()
+    assert job.final_state() == "COMPLETED", job.logs()
     job.show()
     assert job.field("Restarts") == "2"
     assert "stopped by SIGUSR1 at step" in job.logs() and "stopped by SIGTERM at step" in job.logs()
     assert "Traceback" not in job.logs()
     difference = max(abs(a - b) for a, b in zip(job.losses(), undisturbed, strict=True))
-    say(
+    report(
         f"{len(undisturbed)} losses, largest difference to the undisturbed run {difference}; last {undisturbed[-1]:.4f}"
     )
     assert difference == 0
@@ -165,26 +166,26 @@ def test_the_time_limit_requeues_and_scancel_does_not(submit):
     # Where a start takes a minute, the first signal comes before the first step.
     job.wait_for(lambda: "stopped by SIGUSR1 at step" in job.logs())
     job.wait_for_steps(3)
-    say(f"scancel {job.id}")
+    report(f"scancel {job.id}")
     slurm("scancel", job.id)
-    assert job.end() == "CANCELLED"
+    assert job.final_state() == "CANCELLED"
     time.sleep(5)
     assert job.field("JobState") == "CANCELLED"
     job.show()
-    assert "stopped by SIGUSR1 at step" in job.logs() and "going on from" in job.logs()
+    assert "stopped by SIGUSR1 at step" in job.logs() and "resumed from" in job.logs()
 
 
 def test_a_rank_that_dies_ends_the_job(submit):
     job = submit("dies", "steps=100000")
     job.wait_for_steps(5)
     rank = next(p for p in psutil.process_iter(["environ", "cmdline"]) if _is_rank(p, job.id, "1"))
-    say(f"SIGKILL to rank 1, process {rank.pid}")
+    report(f"SIGKILL to rank 1, process {rank.pid}")
     rank.kill()
     killed = time.monotonic()
-    assert job.end() == "FAILED"
-    say(f"{time.monotonic() - killed:.0f} s after the kill")
+    assert job.final_state() == "FAILED"
+    report(f"{time.monotonic() - killed:.0f} s after the kill")
     job.show()
-    assert "error on rank 0: lost contact to rank 1" in job.logs()
+    assert "error on rank 0: lost contact with rank 1" in job.logs()
 
 
 def _is_rank(process: psutil.Process, job: str, rank: str) -> bool:
@@ -201,7 +202,7 @@ def test_a_grid_is_an_array_job(submit, tmp_path):
         time.sleep(1)
     logs = "".join(file.read_text() for file in tmp_path.glob("grid-*.log"))
     runs = [run.parent.name for run in sorted(tmp_path.glob("*/checkpoints"))]
-    say(f"array of 3 with a grid of 2 lines: runs {runs}; {job.shortly(logs.strip())}")
+    report(f"array of 3 with a grid of 2 lines: runs {runs}; {job.shorten(logs.strip())}")
     assert (tmp_path / "a/checkpoints/step-000004").exists() and (tmp_path / "b/checkpoints/step-000004").exists()
     assert "grid.txt has no line 3: give sbatch --array=1-2" in logs
 
@@ -210,14 +211,14 @@ def test_a_grid_is_an_array_job(submit, tmp_path):
     ("overrides", "options", "variables", "words"),
     [
         (["batch.rows=3"], [], {}, "batch.rows=3 cannot be divided over 2 ranks"),
-        (["steps=4"], [], {"PER": "rank"}, "PER=rank is neither task nor node"),
+        (["steps=4"], [], {"PER": "rank"}, "PER=rank: give task or node"),
         (["steps=4"], [], {"GRID": "grid.txt"}, "GRID is for array jobs: give sbatch --array=1-N"),
         (["steps=4"], [], {"PYTHON": "/nowhere/python"}, "/nowhere/python"),
         (["data.path=/nowhere"], [], {}, "/nowhere"),
     ],
 )
-def test_mistakes_are_said(overrides, options, variables, words, submit):
+def test_mistakes_are_sentences(overrides, options, variables, words, submit):
     job = submit("wrong", *overrides, options=options, **variables)
-    assert job.end() == "FAILED"
+    assert job.final_state() == "FAILED"
     job.show()
     assert words in job.logs()

@@ -1,5 +1,6 @@
-"""Faults for the guards to find: `inject` them into a run, or `python tests/support/faults.py FAULT.pt key=value ...` as one of
-the ranks of launch/pretrain.py.
+"""Faults for the stability checks to find: `inject` one into a trainer, or start a rank of launch/pretrain.py with it.
+
+python tests/support/faults.py FAULT.pt key=value ...
 """
 
 import os
@@ -8,31 +9,44 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from infini_ds.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Fault:
-    kind: str  # embedding: not a number, in its rows; loss: not a number; spike: three times the loss; gradient: scaled
-    rows: torch.Tensor | None = None  # (R, T) the ids of the rows that it befalls
-    rank: int | None = None  # the only rank that it befalls
-    dies: bool = False  # the process, in going back
+    """A fault of a model.
+
+    Attributes:
+        kind: "embedding" makes the embeddings of its rows NaN; "loss" makes the loss NaN, but not its gradient; "spike"
+            triples the loss; "gradient" scales one parameter's gradient.
+        rows: (R, T) ids of the rows that it hits.
+        rank: the only rank that it hits; None for all.
+        dies: the process exits in a rollback, once the rows to skip are written.
+    """
+
+    kind: str
+    rows: Tensor | None = None
+    rank: int | None = None
+    dies: bool = False
 
 
-def inject(training, fault: Fault) -> None:
-    if fault.rank not in (None, training.process.rank):
+def inject(trainer: Trainer, fault: Fault) -> None:
+    if fault.rank not in (None, trainer.run.dims.rank):
         return
-    model = training.model
+    model = trainer.model
 
-    def hit(ids: torch.Tensor) -> torch.Tensor:
-        """(B,) which of the rows are the fault's: by the tokens that this block of segments shows of them."""
+    def is_hit(ids: Tensor) -> Tensor:
+        """(B,) which rows the fault hits, by as many of their tokens as this block of segments has."""
         T = ids.shape[1]
         return (ids[:, None] == fault.rows[None, :, :T]).all(-1).any(-1)
 
     def embedding(_, arguments, output):
-        return output.masked_fill(hit(arguments[0].flatten(1))[(...,) + (None,) * (output.dim() - 1)], torch.nan)
+        return output.masked_fill(is_hit(arguments[0].flatten(1))[(...,) + (None,) * (output.dim() - 1)], torch.nan)
 
     def loss(_, arguments, keywords, output):
-        if hit(keywords["input_ids"]).any():
+        if is_hit(keywords["input_ids"]).any():
             output.loss = output.loss * 3 if fault.kind == "spike" else output.loss + torch.nan
         return output
 
@@ -43,18 +57,18 @@ def inject(training, fault: Fault) -> None:
     else:
         model.register_forward_hook(loss, with_kwargs=True)
     if fault.dies:
-        type(training.stream).at = lambda *_: os._exit(9)
+        trainer.restore = lambda *_: os._exit(9)
 
 
 if __name__ == "__main__":
     from infini_ds.training import setup
 
-    injected, whole = torch.load(sys.argv.pop(1), weights_only=False), setup.set_up
+    fault, build_trainer = torch.load(sys.argv.pop(1), weights_only=False), setup.build_trainer
 
-    def set_up(recipe, process):
-        training = whole(recipe, process)
-        inject(training, injected)
-        return training
+    def build_faulty_trainer(*arguments):
+        trainer = build_trainer(*arguments)
+        inject(trainer, fault)
+        return trainer
 
-    setup.set_up = set_up
+    setup.build_trainer = build_faulty_trainer
     runpy.run_path("launch/pretrain.py", run_name="__main__")

@@ -1,4 +1,4 @@
-"""Scripts in processes that are forked from one that has made all imports, which saves seconds at each start."""
+"""Scripts in processes that are forked from one that has imported everything, which saves seconds at each start."""
 
 import multiprocessing
 import os
@@ -13,8 +13,9 @@ SERVER.set_forkserver_preload(["infini_ds.training.trainer", "infini_ds.training
 
 
 class Fork:
-    """`python SCRIPT ARGUMENTS`, leading a process group of its own, so that os.killpg reaches its workers too; as much
-    of subprocess.Popen as the tests use.
+    """`python SCRIPT ARGUMENTS` in a process group of its own, so that os.killpg reaches its workers too.
+
+    Has those parts of subprocess.Popen that the tests use.
     """
 
     def __init__(self, script: str, *arguments: str, cwd: Path, env: dict[str, str]):
@@ -35,7 +36,7 @@ class Fork:
         self._process.kill()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Wait for its end; returns what it wrote to both outputs."""
+        """Wait until it ends, and return what it wrote to stdout and stderr together."""
         self._process.join(timeout)
         assert self.returncode is not None, f"it has not ended after {timeout} s:\n{self._output.read()}"
         self._output.seek(0)
@@ -47,8 +48,8 @@ def _run(argv: list[str], cwd: Path, env: dict[str, str], output: str) -> None:
     with open(output, "w") as opened:
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
-    # A tracker of its own, as any process has: that of the tests would remove, at their end, what is in shared memory
-    # under the names that a killed process has left there.
+    # A resource tracker of its own, as any process has. The tests' tracker would remove, when they end, the shared
+    # memory that a killed process has left.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     os.chdir(cwd)
     os.environ.clear()

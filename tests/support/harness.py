@@ -11,19 +11,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from forks import Fork
 
 from infini_ds.config.recipe import load_recipe
+from infini_ds.config.resolve import resolve
 from infini_ds.distributed import environment as distributed_environment
-from infini_ds.distributed.environment import detect_environment
-from infini_ds.training.setup import set_up
-from infini_ds.training.trainer import train
+from infini_ds.distributed.environment import DistEnv, detect_environment
+from infini_ds.distributed.process_group import connect
+from infini_ds.training.setup import build_trainer
+from infini_ds.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what a launcher sets, with the project importable."""
+    """Return this process's environment without the variables of a launcher, with the project importable."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in launcher and not name.startswith("SLURM")}
     path = f"{Path(sys.executable).parent}:{kept['PATH']}"
@@ -31,7 +34,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run_script(*arguments, code: int = 0, limit: float = 240, program: str = sys.executable, stdin: str | None = None):
-    """Run `python ARGUMENTS` from the project's root; the exit code has to be `code`. Returns the finished process."""
+    """Run `python ARGUMENTS` in the project's root, and assert the exit code. Returns the finished process."""
     done = subprocess.run(
         [program, *map(str, arguments)],
         cwd=ROOT,
@@ -46,13 +49,11 @@ def run_script(*arguments, code: int = 0, limit: float = 240, program: str = sys
 
 
 def call_script(script: str, *arguments, code: int = 0) -> SimpleNamespace:
-    """The same as `run_script` in this process, which saves seconds of imports; standard input is empty."""
+    """Run a script as `run_script` does, but in this process, which saves seconds of imports; stdin is empty."""
     out, error, got = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
-    shutdown, distributed_environment.shutdown = (
-        distributed_environment.shutdown,
-        lambda: None,
-    )  # later tests need the process group
+    shutdown = distributed_environment.shutdown
+    distributed_environment.shutdown = lambda: None  # later tests need the process group
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -65,15 +66,10 @@ def call_script(script: str, *arguments, code: int = 0) -> SimpleNamespace:
     return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
 
 
-# A model that trains in seconds, in segments of 32 tokens of rows of 256 tokens.
+# A model that trains in seconds, on rows of 256 tokens in segments of 32.
 SHAPE = [
-    *(
-        "model.segment_length=32",
-        "model.config.hidden_size=32",
-        "model.config.num_layers=2",
-        "model.config.num_heads=2",
-    ),
-    "model.config.window_size=16",
+    *("model.segment_length=32", "model.config.hidden_size=32", "model.config.num_layers=2"),
+    *("model.config.num_heads=2", "model.config.window_size=16"),
 ]
 STEPS = [
     *("batch.rows=4", "batch.micro_rows=2", "steps=20", "log_every=1", "validation.every=0", "checkpoint.every=8"),
@@ -83,13 +79,27 @@ STEPS = [
 TINY = SHAPE + STEPS
 
 
+def join_ranks(environment: DistEnv) -> None:
+    """Open the process group of this process, a single rank, which stays open for the tests that follow."""
+    if not dist.is_initialized():
+        connect(environment, timeout_minutes=30).__enter__()
+
+
+def build(*overrides: str, config: str | None = None) -> Trainer | None:
+    """Return the trainer of a recipe in this process, as launch/pretrain.py builds it; None if the run is complete."""
+    environment = detect_environment()
+    recipe = load_recipe(config, list(overrides))
+    run = resolve(recipe, environment)
+    join_ranks(environment)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    return build_trainer(run)
+
+
 def pretrain(shards: Path, output: Path, name: str, *overrides: str, shape: list[str] = SHAPE) -> None:
     """Train a tiny model in this process, as launch/pretrain.py does."""
-    where = [f"data.path={shards}", f"output={output}", f"name={name}"]
-    recipe = load_recipe(None, [*where, *shape, *STEPS, *overrides])
-    training = set_up(recipe, detect_environment())
-    assert training is not None, "the run is finished"
-    train(training)
+    trainer = build(f"data.path={shards}", f"output={output}", f"name={name}", *shape, *STEPS, *overrides)
+    assert trainer is not None, "the run is complete"
+    trainer.fit()
 
 
 def free_port() -> str:
@@ -99,23 +109,23 @@ def free_port() -> str:
 
 
 def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, ranks: int, code: int = 0):
-    """Run launch/pretrain.py by the deepspeed launcher."""
+    """Run launch/pretrain.py with the deepspeed launcher."""
     arguments = ["launch/pretrain.py", f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides]
     launcher = Path(sys.executable).with_name("deepspeed")
     options = ["--num_gpus", ranks, "--master_port", free_port(), "--log_level", "error"]
     return run_script(*options, *arguments, program=launcher, code=code)
 
 
-def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py") -> list[Fork]:
-    """Start `script` as `ranks` processes without a launcher, each at the head of a process group."""
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py", **variables: str) -> list[Fork]:
+    """Start `script` as `ranks` processes without a launcher, each the leader of a process group."""
+    shared = variables | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return [Fork(script, *arguments, cwd=ROOT, env=environment(**shared, **place)) for place in places]
 
 
 def run_ranks(ranks: int, *arguments: str) -> str:
-    """The same to the end, without fault; returns the first rank's output."""
+    """Run launch/pretrain.py as `ranks` processes to the end; returns the output of rank 0."""
     processes = start_ranks(ranks, *arguments)
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]

@@ -1,6 +1,6 @@
-"""A job of two ranks that is killed again and again, in the middle of saving too, ends as one that was never stopped.
+"""A job of two ranks that is killed again and again, also while it saves, ends like one that was never stopped.
 
-pytest tests/training/test_faults.py --kills=20 -s      the long version, with its figures as they come
+pytest tests/training/test_faults.py --kills=20 -s      the long version; prints its figures
 """
 
 import contextlib
@@ -27,8 +27,9 @@ def losses(run: Path) -> list[float]:
 
 
 def kill(processes) -> str:
-    """SIGKILL to all processes of the job, workers included; what they leave in shared memory is the next one's to
-    remove. Returns what the first rank had said.
+    """Send SIGKILL to all processes of the job and their workers; the next start removes their shared memory.
+
+    Returns the output of the first rank.
     """
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
@@ -37,24 +38,22 @@ def kill(processes) -> str:
 
 
 def wait_until(processes, condition) -> None:
-    """Look every millisecond, as long as the job lives."""
+    """Poll `condition` every millisecond, while the job lives."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), "the job has come to its end before its kill"
+        assert all(process.poll() is None for process in processes), "the job ended before its kill"
         time.sleep(0.001)
 
 
 def recorded(run: Path, since: int) -> int:
-    """The steps in the metrics, once a job that was started at `since` (ns) has cut off those that it makes again."""
+    """Return the number of recorded steps, once a job started at `since` (ns) has removed those that it repeats."""
     file = run / "metrics.jsonl"
     return len(losses(run)) if file.exists() and file.stat().st_mtime_ns > since else 0
 
 
 def half_written(run: Path, since: int) -> dict[Path, int]:
-    """The checkpoints that a job, started at `since` (ns), has not finished writing, or removing: how many files each
-    has.
-    """
+    """Return the checkpoints that a job started at `since` (ns) is writing or removing, with their numbers of files."""
     found = {}
     for folder in incomplete_checkpoints(run):
         with contextlib.suppress(FileNotFoundError):
@@ -65,15 +64,15 @@ def half_written(run: Path, since: int) -> dict[Path, int]:
 
 @pytest.mark.timeout(3600)
 def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
-    """Kills at drawn instants, by turns: while it trains, while it writes a checkpoint, while it starts."""
+    """Kills at random instants, in turn: while it trains, while it writes a checkpoint, while it starts."""
     kills, draw = request.config.getoption("--kills"), random.Random(0)
     steps = 10 * kills
     recipe = ["batch.rows=4", "batch.micro_rows=2", f"steps={steps}", "log_every=1", "validation.every=0"]
     recipe += ["optimizer.learning_rate=0.005", "schedule.warmup_steps=4", "checkpoint.every=2"]
     arguments = [f"data.path={shards}", f"output={tmp_path}", *SHAPE, *recipe]
-    run_ranks(RANKS, *arguments, "name=whole")
+    run_ranks(RANKS, *arguments, "name=undisturbed")
 
-    run, while_saving, passed_over = tmp_path / "killed", 0, 0
+    run, while_saving, skipped = tmp_path / "killed", 0, 0
     for number in range(kills):
         kind = ("training", "saving", "starting")[number % 3]
         standing = len(complete_checkpoints(run)) and read_manifest(complete_checkpoints(run)[-1]).state.step
@@ -93,19 +92,19 @@ def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
         half = [f"{folder.name} with {has} files" for folder, has in half_written(run, since).items()]
         good = complete_checkpoints(run)
         while_saving += bool(half)
-        passed_over += "is not finished" in output
+        skipped += "is incomplete" in output
         print(
             f"kill {number + 1}, {kind}: {len(losses(run))} of {steps} steps recorded, "
-            f"{good[-1].name if good else 'no checkpoint'} stands, {', '.join(half) or 'none'} half done",
+            f"{good[-1].name if good else 'no checkpoint'} is the newest, {', '.join(half) or 'none'} half written",
             flush=True,
         )
-    passed_over += "is not finished" in run_ranks(RANKS, *arguments, "name=killed")
+    skipped += "is incomplete" in run_ranks(RANKS, *arguments, "name=killed")
 
-    a, b = (load_model(locate(folder)).state_dict() for folder in (run, tmp_path / "whole"))
+    a, b = (load_model(locate(folder)).state_dict() for folder in (run, tmp_path / "undisturbed"))
     equal = [name for name in a if torch.equal(a[name], b[name])]
-    ours, theirs = losses(run), losses(tmp_path / "whole")
+    ours, theirs = losses(run), losses(tmp_path / "undisturbed")
     print(
-        f"{kills} kills, {while_saving} with a checkpoint half done, passed over at {passed_over} starts; "
+        f"{kills} kills, {while_saving} with a checkpoint half written, skipped at {skipped} starts; "
         f"{sum(x == y for x, y in zip(ours, theirs, strict=True))} of {steps} losses and {len(equal)} of {len(a)} "
         f"tensors equal; last loss {ours[-1]!r}, of the run never stopped {theirs[-1]!r}"
     )

@@ -1,0 +1,78 @@
+"""Documents, and how bytes and rows of a table become documents."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from infini_ds.utils.errors import UserError
+
+
+class Document(NamedTuple):
+    """One text.
+
+    Attributes:
+        name: where it is from, for errors.
+        text: None if it could not be decoded and is left out.
+        repaired: what was not UTF-8 has been replaced by U+FFFD.
+        answers: begin and end, in characters, of each part that the loss is taken over; None for all of the text.
+    """
+
+    name: str
+    text: str | None
+    repaired: bool = False
+    answers: list[tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a source may need besides its argument.
+
+    Attributes:
+        option, source: the name and value of the option that chose the source, for errors.
+        text_column, split, subset, bad_utf8, document_separator: as in `PrepareOptions`.
+    """
+
+    option: str
+    source: str
+    text_column: str
+    split: str
+    subset: str | None
+    bad_utf8: str
+    document_separator: str | None
+
+    def error(self, sentence: str) -> UserError:
+        """Return an error that begins with the option."""
+        return UserError(f"{self.option} {self.source}: {sentence}")
+
+
+def decode(name: str, data: bytes, bad_utf8: str, offset: int = 0) -> Document:
+    """Return the document of UTF-8 bytes.
+
+    Args:
+        bad_utf8: what to do with bytes that are not UTF-8: "error", "replace" or "skip".
+        offset: place of `data` in `name`, for errors.
+    """
+    try:
+        return Document(name, data.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        if bad_utf8 == "error":
+            raise UserError(
+                f"--bad-utf8 error: {name} is not UTF-8 at byte {offset + error.start}; "
+                "repair it, or pass --bad-utf8 replace or skip"
+            ) from None
+    if bad_utf8 == "skip":
+        return Document(name, None)
+    return Document(name, data.decode(errors="replace"), repaired=True)
+
+
+def decode_column(name: str, row: dict[str, Any], options: ReadOptions) -> Document:
+    """Return the document in the text column of a row. Null counts as an empty document."""
+    column = options.text_column
+    if column not in row:
+        raise UserError(f"--text-column {column}: {name} has no such column; it has {', '.join(map(str, row))}")
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"--text-column {column}: {name} holds {type(text).__name__} there, not text; choose another column"
+        )
+    # JSON may escape half a surrogate pair, which is a str in Python and has no form in UTF-8.
+    return decode(name, (text or "").encode(errors="surrogatepass"), options.bad_utf8)

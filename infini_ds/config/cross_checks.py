@@ -1,0 +1,76 @@
+"""Checks of a recipe that need more than one key, or a file of this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from infini_ds.config.sections import DataSection, Recipe
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Why no run could have these values. keys: those that are to be changed. sentence: with values and remedy."""
+
+    keys: tuple[str, ...]
+    sentence: str
+
+
+def find_conflict(recipe: Recipe) -> Conflict | None:
+    """Return the first conflict between keys of the recipe, or None."""
+    batch, schedule, validation, checkpoint = recipe.batch, recipe.schedule, recipe.validation, recipe.checkpoint
+    if (batch.tokens is None) == (batch.rows is None):
+        return Conflict(
+            ("batch.tokens", "batch.rows"),
+            f"batch.tokens={_show(batch.tokens)} and batch.rows={_show(batch.rows)}: give exactly one of the two, and "
+            "null for the other",
+        )
+    if schedule.kind == "wsd" and schedule.decay_steps < 1:
+        return Conflict(
+            ("schedule.kind", "schedule.decay_steps"),
+            f"schedule.kind=wsd with schedule.decay_steps={schedule.decay_steps} has no decay: give "
+            "schedule.decay_steps of at least 1",
+        )
+    if schedule.warmup_steps + schedule.decay_steps > recipe.steps:
+        return Conflict(
+            ("schedule.warmup_steps", "schedule.decay_steps", "steps"),
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
+            f"than steps={recipe.steps}: shorten them",
+        )
+    if checkpoint.keep_best and (not validation.every or checkpoint.every % validation.every):
+        return Conflict(
+            ("checkpoint.keep_best", "checkpoint.every", "validation.every"),
+            "checkpoint.keep_best=true needs a validation at each checkpoint: make checkpoint.every="
+            f"{checkpoint.every} a multiple of validation.every={validation.every}",
+        )
+    if recipe.stability.on_spike == "roll_back" and not recipe.stability.spike_sigmas:
+        return Conflict(
+            ("stability.on_spike", "stability.spike_sigmas"),
+            "stability.on_spike=roll_back, but with stability.spike_sigmas=0 no loss is a spike: give a number of "
+            "standard deviations, or stability.on_spike=flag",
+        )
+    if recipe.deepspeed != "auto" and not Path(recipe.deepspeed).is_file():
+        return Conflict(
+            ("deepspeed",), f"deepspeed={recipe.deepspeed} is not a file: give a DeepSpeed JSON file, or auto"
+        )
+    return _find_conflict_of_streams(recipe.data)
+
+
+def _find_conflict_of_streams(data: DataSection) -> Conflict | None:
+    if data.streams and data.path != DataSection().path:
+        return Conflict(
+            ("data.path", "data.streams"),
+            f"data.path={data.path} and data.streams are both given: name the folder among the streams",
+        )
+    for number, stream in enumerate(data.streams):
+        name = f"data.streams[{number}]"
+        if stream.proportion is not None and stream.repeat is not None:
+            return Conflict(("data.streams",), f"{name} has a proportion and a repeat: give one of the two")
+        if (stream.proportion is None) != (data.streams[0].proportion is None):
+            return Conflict(
+                ("data.streams",),
+                f"{name}.proportion={_show(stream.proportion)}: give every stream a proportion, or none",
+            )
+    return None
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,151 @@
+"""Resolve a recipe: everything that follows from it, the prepared data and the ranks, checked before any work starts.
+
+run = resolve(load_recipe("launch/recipes/tiny-cpu.yaml"), detect_environment())
+
+Training, planning and the doctor share this function, so that they accept and refuse the same recipes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.manifest import NAME as MANIFEST_NAME
+from data_prep.options import byte_count
+from infini_ds.config.batch_shape import BatchShape, batch_shape
+from infini_ds.config.deepspeed_config import deepspeed_config, default_file
+from infini_ds.config.model_config import block_schedule, check_vocabulary, model_config
+from infini_ds.config.recipe import Recipe
+from infini_ds.config.training_data import check_cache_limit, find_sources
+from infini_ds.data.cache_limit import PREFETCH_BATCHES
+from infini_ds.data.fingerprint import fingerprint
+from infini_ds.data.sources import DataSource
+from infini_ds.distributed.environment import DistEnv
+from infini_ds.distributed.parallel_dims import ParallelDims
+from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
+from infini_ds.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a recipe comes to on the ranks of `environment`.
+
+    Attributes:
+        dims: how the ranks are arranged.
+        sources: the prepared data, a source for each stream; empty if it was neither found nor required.
+        sequence_length: tokens of a row.
+        batch_shape: how the rows of a step are divided.
+        precision: "fp32" or "bf16".
+        deepspeed: the configuration for `deepspeed.initialize`, without "auto".
+        model_config: the model's configuration, with the vocabulary of the data if there are sources.
+        block_schedule: the model's runtime schedule. `segments_per_block` is None for the recipe's "auto", which
+            depends on the memory that is free when the run starts.
+        data_fingerprint: what determines which rows are trained on and in which order; None without sources.
+        cache_limit: bytes that training shards may take in the cache; None for no limit.
+    """
+
+    recipe: Recipe
+    environment: DistEnv
+    dims: ParallelDims
+    sources: tuple[DataSource, ...]
+    sequence_length: int
+    batch_shape: BatchShape
+    precision: str
+    deepspeed: dict[str, Any]
+    model_config: InfiniGPTNeoConfig
+    block_schedule: BlockSchedule
+    data_fingerprint: dict[str, Any] | None
+    cache_limit: int | None
+
+
+def resolve(
+    recipe: Recipe, environment: DistEnv, require_data: bool = True, device_type: str | None = None
+) -> ResolvedRun:
+    """Derive all parts of a run from its recipe, and check everything that can be wrong.
+
+    Starts no process group, takes no lock and writes nothing but, into `data.cache`, the small files of remote data.
+
+    Args:
+        require_data: False for a plan: data that is not prepared yet is no error if `plan.sequence_length` is given,
+            which then goes before the length of the data's rows, and the cache of this node is not checked.
+        device_type: "cpu" or "cuda", for devices other than this machine's; a GPU is then taken to have bf16.
+    Raises:
+        UserError: the recipe does not fit the data, the ranks or the devices.
+    """
+    dims = ParallelDims(environment.world_size, environment.rank)
+    sources = _find_sources(recipe, require_data)
+    manifest = sources[0].manifest if sources else None
+    sequence_length = _sequence_length(recipe, sources, require_data)
+    shape = batch_shape(recipe.batch, sequence_length, dims.data_size)
+    cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
+    if cache_limit is not None and require_data:
+        readers = environment.local_world_size * max(1, recipe.data.workers)
+        check_cache_limit(list(sources), cache_limit, readers * PREFETCH_BATCHES * shape.rank_rows)
+    if device_type is None:
+        precision = choose_precision(recipe.precision, environment.device)
+    else:
+        native = "bf16" if device_type == "cuda" else "fp32"
+        precision = native if recipe.precision == "auto" else recipe.precision
+    kind = device_type or environment.device.type
+    file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
+    ds_config = deepspeed_config(file, recipe, shape, precision)
+    config = model_config(recipe, manifest)
+    if recipe.model.attention == "flex_attention" and kind == "cpu":
+        raise UserError(
+            "model.attention=flex_attention needs a GPU, since PyTorch has no backward pass of it on the CPU: "
+            "use model.attention=sdpa"
+        )
+    if sources:
+        check_vocabulary(recipe, sources[0].folder / "tokenizer")
+    return ResolvedRun(
+        recipe=recipe,
+        environment=environment,
+        dims=dims,
+        sources=sources,
+        sequence_length=sequence_length,
+        batch_shape=shape,
+        precision=precision,
+        deepspeed=ds_config,
+        model_config=config,
+        block_schedule=block_schedule(recipe),
+        data_fingerprint=fingerprint(list(sources), shape.rows, recipe.data.seed) if sources else None,
+        cache_limit=cache_limit,
+    )
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """Return `asked`, or for "auto" bf16 on a GPU with native instructions for it, else fp32.
+
+    Without native instructions bf16 is hundreds of times slower than fp32.
+    """
+    if asked != "auto":
+        return asked
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def _find_sources(recipe: Recipe, require_data: bool) -> tuple[DataSource, ...]:
+    """Open the recipe's data. Without `require_data`, return () if any of it is not prepared on this machine."""
+    if not require_data and _unprepared(recipe):
+        return ()
+    return tuple(find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache))
+
+
+def _unprepared(recipe: Recipe) -> list[str]:
+    """Return `key=path` of each stream whose data is not a prepared folder of this machine."""
+    paths = {f"data.streams[{i}].path": stream.path for i, stream in enumerate(recipe.data.streams)}
+    paths = paths or {"data.path": recipe.data.path}
+    return [f"{key}={path}" for key, path in paths.items() if not Path(path, MANIFEST_NAME).is_file()]
+
+
+def _sequence_length(recipe: Recipe, sources: tuple[DataSource, ...], require_data: bool) -> int:
+    """Return the tokens of a row: those of the data, or, for a plan, what the recipe plans with."""
+    if not require_data and recipe.plan.sequence_length is not None:
+        return recipe.plan.sequence_length
+    if sources:
+        return sources[0].manifest.sequence_length
+    raise UserError(
+        f"{_unprepared(recipe)[0]} holds no prepared data, so the length of its rows is unknown: give "
+        "plan.sequence_length=TOKENS (for a plan, --sequence-length)"
+    )

@@ -1,0 +1,351 @@
+"""Loss by position on long documents, with the memory on, off, and with that of another document.
+
+If the memory of another document lowers the loss as much, the memory carries style and not content.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Group
+from torch import Tensor
+
+from infini_ds.config.training_data import find_sources
+from infini_ds.data.batches import collate
+from infini_ds.data.sources import DataSource, StreamSpec, open_sources
+from infini_ds.data.streams import ValidationRows
+from infini_ds.distributed import collectives
+from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
+from infini_ds.evaluation.plots import memory_style, plt, save_figure
+from infini_ds.evaluation.scoring import memory_settings, token_losses
+from infini_ds.evaluation.tables import MAX_LINES, MEMORY_LABELS, new_table
+from infini_ds.evaluation.task import (
+    DataFacts,
+    EvaluationContext,
+    EvaluationTask,
+    Headline,
+    TaskResult,
+    TidyRow,
+    integer,
+    register_task,
+)
+from infini_ds.model.loss import IGNORE_INDEX
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
+from infini_ds.training.validation import PositionLosses
+from infini_ds.utils.errors import UserError
+from infini_ds.utils.hashing import sha256_of_json
+from infini_ds.utils.progress import ProgressBar
+
+SHARD_CACHE = "data/cache"  # folder for the shards of remote data
+DEFAULT_SEGMENT = 128  # tokens in a segment, for models that have none
+MAX_POINTS = 256  # of the loss by position
+MAX_MARKERS = 128  # points of a curve that has markers
+
+
+@dataclass(frozen=True)
+class SegmentLosses:
+    """Means over the tokens of each segment of the row."""
+
+    loss: tuple[float, ...]
+    perplexity: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BinnedLosses:
+    """Mean loss of up to MAX_POINTS bins of positions. position: the middle of each bin."""
+
+    position: tuple[float, ...]
+    loss: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PlaceLosses:
+    """Mean loss at each position in a segment, over all segments except the first, which has no memory to read."""
+
+    loss: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses in one setting of the memory. tokens: that were predicted. by_row: the mean of each row."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    by_segment: SegmentLosses
+    by_position: BinnedLosses
+    within_segment: PlaceLosses
+    by_row: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The loss in another setting minus that with the memory on: mean over rows and standard error over rows."""
+
+    mean: float
+    standard_error: float | None  # None for a single row
+
+
+@dataclass(frozen=True)
+class PositionResult(TaskResult):
+    """rows: evaluated. memory: by setting of the memory. gained: by setting, without "on"."""
+
+    data: DataFacts
+    rows: int
+    sequence_length: int
+    segment_length: int
+    memory: dict[str, Losses]
+    gained: dict[str, Gain]
+
+    def tidy_rows(self) -> list[TidyRow]:
+        rows = []
+        for setting, losses in self.memory.items():
+            rows.append(TidyRow(setting, "loss", losses.loss))
+            if gain := self.gained.get(setting):
+                rows.append(TidyRow(setting, "gain", gain.mean))
+            by_segment = enumerate(losses.by_segment.loss, start=1)
+            rows += [TidyRow(setting, f"loss/segment_{segment}", loss) for segment, loss in by_segment]
+        return rows
+
+
+@register_task
+class Position(EvaluationTask[PositionResult]):
+    name = "position"
+    help = "loss by position on long documents, with the memory on, off, and that of another document"
+    result_type = PositionResult
+
+    def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
+        parser.add_argument("--data", help="folder that data_prep made, or its address (default: the run's own data)")
+        parser.add_argument(
+            "--rows",
+            type=integer("--rows", 0),
+            default=64,
+            help="validation rows, evenly spaced over the split; 0 for all (default: %(default)s)",
+        )
+
+    def run(self, model: EvaluatedModel, context: EvaluationContext) -> PositionResult:
+        return evaluate_position(
+            model, find_data(model, context.arguments.data), context.arguments.rows or None, context
+        )
+
+    def headline(self, result: PositionResult) -> Headline:
+        return Headline("loss", result.memory["on"].loss)
+
+    def table(self, result: PositionResult) -> Group:
+        title = f"loss by position: {result.rows} rows of {result.sequence_length:,} tokens"
+        overall = new_table(title, "", "loss", "perplexity", "gain of memory on")
+        for memory, losses in result.memory.items():
+            gain = result.gained.get(memory)
+            error = "" if not gain or gain.standard_error is None else f" ± {gain.standard_error:.4f}"
+            shown = f"{gain.mean:+.4f}{error}" if gain else ""
+            overall.add_row(MEMORY_LABELS[memory], f"{losses.loss:.4f}", f"{losses.perplexity:.2f}", shown)
+        labels = [MEMORY_LABELS[memory] for memory in result.memory]
+        by_segment = new_table(f"loss by segment of {result.segment_length} tokens", "segment", *labels)
+        segments = len(result.memory["on"].by_segment.loss)
+        for segment in range(0, segments, -(-segments // MAX_LINES)):
+            shown_losses = [f"{losses.by_segment.loss[segment]:.4f}" for losses in result.memory.values()]
+            by_segment.add_row(str(segment + 1), *shown_losses)
+        return Group(overall, by_segment)
+
+    def plot(self, result: PositionResult, folder: Path) -> None:
+        """Plot the loss by segment and the loss by position in a segment, one curve for each setting of the memory."""
+        figure, (along, within) = plt.subplots(1, 2, figsize=(12, 4.5), gridspec_kw={"width_ratios": [3, 2]})
+        S = result.segment_length
+        for memory, losses in result.memory.items():
+            style, by_segment = memory_style(memory), losses.by_segment.loss
+            middles = [S * (segment + 0.5) for segment in range(len(by_segment))]
+            along.plot(middles, by_segment, marker="." if len(middles) <= MAX_MARKERS else "", markersize=5, **style)
+            by_place = losses.within_segment.loss
+            within.plot(range(1, len(by_place) + 1), by_place, linewidth=1.2, color=style["color"])
+        along.set(
+            xlabel="position in the row (tokens)", ylabel="loss (nats a token)", title=f"by segment of {S} tokens"
+        )
+        within.set(xlabel="position in the segment (tokens)", title="within a segment, without the first one")
+        figure.legend(loc="lower center", ncols=3)
+        figure.suptitle(f"Loss by position, {result.rows} rows", fontsize=12)
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
+        save_figure(figure, folder / "position.png")
+
+
+def find_data(model: EvaluatedModel, path: str | None) -> list[DataSource]:
+    """Return the data in `path`, or those that the model's run was trained on.
+
+    Raises:
+        UserError: `path` is None and the model is not part of a run, or the data cannot be read.
+    """
+    if path is not None:
+        return open_sources([StreamSpec("--data", path)], SHARD_CACHE, "the cache")
+    if model.run is None:
+        raise UserError(f"{model.path} is not a run, so its data are unknown: name a folder of data_prep with --data")
+    return sources_of_run(model.run)
+
+
+def sources_of_run(run: Path) -> list[DataSource]:
+    """Return the data that a run was trained on.
+
+    Raises:
+        UserError: the folder is not a run, or its data are gone.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run: it has no recipe.yaml")
+    data = OmegaConf.load(run / "recipe.yaml").data
+    return find_sources(data.path, data.streams, data.cache)
+
+
+def evaluate_position(
+    model: EvaluatedModel, sources: list[DataSource], limit: int | None, context: EvaluationContext
+) -> PositionResult:
+    """Evaluate `limit` validation rows (None: all), evenly spaced over the split.
+
+    Raises:
+        UserError: the rows were tokenized with another tokenizer than the model's.
+    """
+    check_tokenizer(model, sources)
+    with one_start_at_a_time(collectives.is_local_rank_zero()):
+        rows = ValidationRows(sources)
+    number = min(limit or len(rows), len(rows))
+    chosen = [i * len(rows) // number for i in range(number)]
+    partners = find_partners(chosen, rows.documents(sources[0].manifest.tokenizer.start_id))
+    S = model.model.config.segment_length if has_memory(model.model) else DEFAULT_SEGMENT
+    data = DataFacts(", ".join(str(source.folder) for source in sources), sha256_of_shards(sources))
+    options = {"data": data.sha256, "rows": chosen, "segment_length": S}
+    memory = {}
+    for setting in memory_settings(model.model):
+        if setting == "other" and partners is None:
+            continue
+        compute = partial(compute_losses, model, rows, chosen, partners, setting, S, context.batch_tokens)
+        memory[setting] = context.cache.get_or_compute(f"position/{setting}", options, Losses, compute)
+    return PositionResult(
+        data=data,
+        rows=number,
+        sequence_length=len(rows[0]["input_ids"]),
+        segment_length=S,
+        memory=memory,
+        gained={setting: gain(memory["on"], losses) for setting, losses in memory.items() if setting != "on"},
+    )
+
+
+def check_tokenizer(model: EvaluatedModel, sources: list[DataSource]) -> None:
+    """Raise a UserError if the rows were tokenized with another vocabulary than the model's."""
+    folder = sources[0].folder
+    of_rows = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    of_model = model.tokenizer.get_vocab()
+    if any(of_model.get(token) != number for token, number in of_rows.items()):
+        raise UserError(
+            f"{folder} was prepared with another tokenizer than that of {model.path}: prepare the text again, with "
+            f"python -m data_prep --tokenizer {model.path} and --out another folder, and name that with --data"
+        )
+
+
+def sha256_of_shards(sources: Sequence[DataSource]) -> str:
+    """Return the SHA-256 of the hashes of all validation shards."""
+    return sha256_of_json(
+        [
+            [[shard["samples"], shard["raw_data"]["hashes"]] for shard in source.shards("validation")]
+            for source in sources
+        ]
+    )
+
+
+def find_partners(chosen: list[int], documents: list[tuple[int, int]]) -> list[int] | None:
+    """Return for each row one that shares no document with it, or None if a row has no such partner.
+
+    The search starts half of the split away, so that partners of neighboring rows differ.
+
+    Args:
+        documents: the first and the last document of every row of the split.
+    """
+    partners = []
+    n = len(documents)
+    for row in chosen:
+        first, last = documents[row]
+        candidates = ((row + n // 2 + i) % n for i in range(n))
+        partner = next((i for i in candidates if documents[i][1] < first or documents[i][0] > last), None)
+        if partner is None:
+            return None
+        partners.append(partner)
+    return partners
+
+
+def compute_losses(
+    model: EvaluatedModel,
+    rows: ValidationRows,
+    chosen: list[int],
+    partners: list[int] | None,
+    memory: str,
+    segment_length: int,
+    batch_tokens: int,
+) -> Losses:
+    """Compute the losses in one setting of the memory, with the rows split across ranks."""
+    T = len(rows[0]["input_ids"])
+    size = max(1, batch_tokens // T)
+    batches = collectives.split_across_ranks(
+        [list(range(first, min(first + size, len(chosen)))) for first in range(0, len(chosen), size)]
+    )
+    total, by_row = torch.zeros(2, T - 1, dtype=torch.float64), []
+    with ProgressBar(f"position, memory {memory}", len(batches), shown=collectives.is_rank_zero()) as progress:
+        for indices in batches:
+            batch = collate([rows[chosen[i]] for i in indices])
+            other = None
+            if memory == "other":
+                assert partners is not None
+                other = collate([rows[partners[i]] for i in indices])
+            losses = token_losses(model.model, batch, memory, other).double().cpu()
+            count = (batch.labels[:, 1:] != IGNORE_INDEX).double()
+            total += torch.stack([losses.sum(0), count.sum(0)])
+            by_row.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
+            progress.advance({"loss": f"{total[0].sum() / total[1].sum():.4f}"})
+    summed = PositionLosses(*collectives.all_reduce_sum(total))
+    means = [mean for of_batch in collectives.gather_items(by_row) for mean in of_batch]
+    return summarize(summed, means, segment_length)
+
+
+def summarize(losses: PositionLosses, by_row: list[float], segment_length: int) -> Losses:
+    """Return the means over everything, segments, bins of positions, and positions in a segment."""
+    _, by_segment = bin_means(losses, segment_length)
+    middles, by_position = bin_means(losses, -(-len(losses.loss) // MAX_POINTS))
+    return Losses(
+        loss=losses.mean,
+        perplexity=math.exp(losses.mean),
+        tokens=int(losses.count.sum()),
+        by_segment=SegmentLosses(tuple(by_segment), tuple(math.exp(loss) for loss in by_segment)),
+        by_position=BinnedLosses(tuple(middles), tuple(by_position)),
+        within_segment=PlaceLosses(tuple(means_within_segment(losses, segment_length))),
+        by_row=tuple(by_row),
+    )
+
+
+def bin_means(losses: PositionLosses, width: int) -> tuple[list[float], list[float]]:
+    """Return the middles and the mean losses of bins of `width` positions, without bins of ignored tokens only."""
+    middles, means = [], []
+    for first in range(0, len(losses.loss), width):
+        count = losses.count[first : first + width].sum()
+        if count:
+            middles.append(first + min(width, len(losses.loss) - first) / 2)
+            means.append((losses.loss[first : first + width].sum() / count).item())
+    return middles, means
+
+
+def means_within_segment(losses: PositionLosses, segment_length: int) -> list[float]:
+    """Return the mean loss at each position in a segment, over all segments except the first."""
+    S = segment_length
+
+    def sum_over_segments(x: Tensor) -> Tensor:
+        x = x[S:]
+        return torch.nn.functional.pad(x, (0, -len(x) % S)).view(-1, S).sum(0)
+
+    count = sum_over_segments(losses.count)
+    return (sum_over_segments(losses.loss) / count)[count > 0].tolist()
+
+
+def gain(on: Losses, other: Losses) -> Gain:
+    """Return by how much the loss is lower with the memory on than in another setting."""
+    gains = torch.tensor(other.by_row, dtype=torch.float64) - torch.tensor(on.by_row, dtype=torch.float64)
+    error = gains.std() / math.sqrt(len(gains)) if len(gains) > 1 else None
+    return Gain(gains.mean().item(), None if error is None else error.item())

@@ -1,0 +1,48 @@
+"""Checks that need more than one key: one sentence, with where each key was given."""
+
+import pytest
+from harness import ROOT
+
+from infini_ds.config.recipe import load_recipe
+from infini_ds.utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["batch.tokens=4096"], ["batch.tokens=4096 and batch.rows=4", "exactly one of the two"]),
+        (["batch.rows=null"], ["batch.tokens=null and batch.rows=null", "exactly one of the two"]),
+        (["schedule.kind=wsd"], ["schedule.kind=wsd with schedule.decay_steps=0", "at least 1"]),
+        (["schedule.warmup_steps=2000"], ["schedule.warmup_steps=2000", "more than steps=1000: shorten them"]),
+        (["schedule.decay_steps=999", "schedule.kind=wsd"], ["schedule.decay_steps=999", "steps=1000"]),
+        (["checkpoint.keep_best=true", "validation.every=0"], ["checkpoint.every=500", "validation.every=0"]),
+        (["checkpoint.keep_best=true", "validation.every=300"], ["checkpoint.every=500", "validation.every=300"]),
+        (["stability.on_spike=roll_back", "stability.spike_sigmas=0"], ["no loss is a spike", "on_spike=flag"]),
+        (["deepspeed=nowhere.json"], ["deepspeed=nowhere.json is not a file"]),
+        (["data.path=x", "data.streams=[{path: a}]"], ["data.path=x and data.streams are both given"]),
+        (["data.streams=[{path: a, proportion: 1}, {path: b}]"], ["data.streams[1].proportion=null", "or none"]),
+        (["data.streams=[{path: a}, {path: b, proportion: 1}]"], ["data.streams[1].proportion=1.0", "or none"]),
+        (["data.streams=[{path: a, proportion: 1, repeat: 2}]"], ["data.streams[0] has a proportion and a repeat"]),
+    ],
+)
+def test_conflicts_get_a_sentence(overrides, words):
+    with pytest.raises(UserError) as error:
+        load_recipe(None, ["batch.rows=4", *overrides])
+    sentence = str(error.value)
+    words = [*words, f"{overrides[0].partition('=')[0]} on the command line"]
+    assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_a_conflict_between_file_and_command_line_names_both():
+    file = ROOT / "launch" / "recipes" / "tiny-cpu.yaml"
+    with pytest.raises(UserError) as error:
+        load_recipe(file, ["steps=010"])
+    assert str(error.value).endswith(
+        f"more than steps=10: shorten them (schedule.warmup_steps in {file}, steps on the command line)"
+    )
+
+
+def test_a_file_of_the_users_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text("{}")
+    assert load_recipe(None, ["batch.rows=4", "deepspeed=~/ds.json"]).deepspeed == f"{tmp_path}/ds.json"

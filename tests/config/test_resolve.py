@@ -1,0 +1,110 @@
+"""Resolving a recipe: everything that follows from it, without locks, process groups or files."""
+
+import os
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch.distributed as dist
+from harness import SHAPE
+
+from infini_ds.config.recipe import Recipe, load_recipe
+from infini_ds.config.resolve import choose_precision, resolve
+from infini_ds.distributed.environment import DistEnv
+from infini_ds.model import BlockSchedule
+from infini_ds.utils.errors import UserError
+
+ONE = DistEnv(rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+def recipe(shards, *overrides: str) -> Recipe:
+    data = [] if any(override.startswith("data.streams") for override in overrides) else [f"data.path={shards}"]
+    return load_recipe(None, [*data, *SHAPE, "batch.rows=4", "batch.micro_rows=2", *overrides])
+
+
+def test_all_parts_of_a_run(shards):
+    run = resolve(recipe(shards, "model.segments_per_block=2", "data.seed=3"), ONE)
+    assert run.sequence_length == 256 and run.precision == "fp32" and run.cache_limit is None
+    assert (run.dims.world_size, run.dims.data_size, run.dims.rank) == (1, 1, 0)
+    assert (run.batch_shape.rows, run.batch_shape.micro_rows, run.batch_shape.accumulation) == (4, 2, 2)
+    assert run.deepspeed["train_batch_size"] == 4 and run.deepspeed["bf16"] == {"enabled": False}
+    assert (run.model_config.hidden_size, run.model_config.vocab_size) == (32, 512)
+    assert run.block_schedule == BlockSchedule(segments_per_block=2)
+    assert [source.folder for source in run.sources] == [shards]
+    assert run.data_fingerprint["data.seed"] == 3 and run.data_fingerprint["batch.rows"] == 4
+    with pytest.raises(FrozenInstanceError):
+        run.precision = "bf16"
+
+
+def test_it_writes_nothing_and_starts_nothing(shards, tmp_path, monkeypatch):
+    started = dist.is_initialized()
+    files = sorted(shards.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    resolve(recipe(shards, f"output={tmp_path / 'runs'}"), ONE)
+    assert dist.is_initialized() == started and not os.listdir(tmp_path) and sorted(shards.rglob("*")) == files
+
+
+def test_ranks_differ_in_their_rank_alone(shards):
+    first, last = (resolve(recipe(shards), DistEnv(rank, rank, 4, 4)) for rank in (0, 3))
+    assert (first.dims.data_rank, last.dims.data_rank) == (0, 3)
+    assert first.batch_shape == last.batch_shape and first.batch_shape.rank_rows == 1
+    assert first.data_fingerprint == last.data_fingerprint == resolve(recipe(shards), ONE).data_fingerprint
+    assert first.deepspeed == last.deepspeed
+
+
+def test_streams_are_sources_with_their_share(shards):
+    run = resolve(recipe(shards, f"data.streams=[{{path: {shards}, repeat: 2}}]"), ONE)
+    (source,) = run.sources
+    assert source.repeat == 2 and run.data_fingerprint["streams"][0]["repeat"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["batch.rows=3"], ["batch.rows=3 cannot be divided over 2 ranks"]),
+        (["data.path=/nowhere"], ["/nowhere", "python -m data_prep"]),
+        (["data.cache_limit=1GB"], ["data.cache_limit", "only copy"]),
+        (["model.config.vocab_size=100"], ["100 embeddings", "512 tokens"]),
+        (["model.config.hiden_size=3"], ["did you mean model.config.hidden_size?"]),
+        (["model.attention=flex_attention"], ["model.attention=flex_attention needs a GPU", "model.attention=sdpa"]),
+    ],
+)
+def test_mistakes_get_a_sentence(overrides, words, shards):
+    with pytest.raises(UserError) as error:
+        resolve(recipe(shards, *overrides), DistEnv(0, 0, 2, 2))
+    sentence = str(error.value)
+    assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_another_deepspeed_file(shards, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(UserError, match=f"zero_optimization.stage=3 in deepspeed={tmp_path}/ds.json"):
+        resolve(recipe(shards, f"deepspeed={tmp_path}/ds.json"), ONE)
+
+
+def test_a_plan_needs_no_data_and_no_gpu(tmp_path):
+    asked = recipe(tmp_path, "plan.sequence_length=512", "model.attention=flex_attention")
+    run = resolve(asked, ONE, require_data=False, device_type="cuda")
+    assert run.sequence_length == 512 and run.sources == () and run.data_fingerprint is None
+    assert run.precision == "bf16" and run.deepspeed["bf16"] == {"enabled": True}
+    assert run.deepspeed["zero_optimization"]["overlap_comm"] is True, "not the file for GPUs"
+    assert run.model_config.vocab_size == 50257
+    with pytest.raises(UserError, match=r"model.attention=flex_attention needs a GPU"):
+        resolve(asked, ONE, require_data=False)
+    with pytest.raises(UserError, match=rf"data.path={tmp_path} holds no prepared data.* plan.sequence_length=TOKENS"):
+        resolve(recipe(tmp_path), ONE, require_data=False)
+
+
+def test_a_plan_reads_the_data_that_is_prepared(shards):
+    run = resolve(recipe(shards), ONE, require_data=False)
+    assert run.sequence_length == 256 and run.model_config.vocab_size == 512 and run.data_fingerprint
+    longer = resolve(recipe(shards, "plan.sequence_length=1024"), ONE, require_data=False)
+    assert longer.sequence_length == 1024 and longer.model_config.vocab_size == 512
+    assert resolve(recipe(shards, "plan.sequence_length=1024"), ONE).sequence_length == 256, "training reads the plan"
+    missing = recipe(shards, f"data.streams=[{{path: {shards}}}, {{path: /nowhere}}]")
+    with pytest.raises(UserError, match=r"data.streams\[1\].path=/nowhere holds no prepared data"):
+        resolve(missing, ONE, require_data=False)
+
+
+def test_precision_that_is_asked_for_is_kept():
+    assert choose_precision("auto", ONE.device) == "fp32"
+    assert choose_precision("bf16", ONE.device) == "bf16"

@@ -1,0 +1,47 @@
+"""Datasets that start at the same time have prefixes of their own, and may share a cache."""
+
+from streaming_forks import run_in_fork
+
+OURS = """
+from infini_ds.streaming_compat.dataset import ShardDataset
+from infini_ds.streaming_compat.stream import ShardStream
+
+def open_dataset():
+    stream = ShardStream(local=folder, split="train", remote_folder=remote, bounded=False)
+    return ShardDataset(streams=[stream], batch_size=2)
+"""
+
+
+def test_plain_streaming_gives_one_prefix_twice(written):
+    errors = run_in_fork(
+        'result = race(lambda: StreamingDataset(local=folder, split="train", batch_size=2))', folder=str(written)
+    )
+    assert any(error.startswith("FileExistsError") for error in errors)
+
+
+def test_ours_gives_each_start_its_own(written):
+    assert run_in_fork(OURS + "result = race(open_dataset)", folder=str(written), remote=None) == []
+
+
+def test_plain_streaming_refuses_a_cache_that_is_in_use(written, tmp_path):
+    code = """
+    def open_dataset():
+        return StreamingDataset(local=cache, remote=remote, split="train", batch_size=2)
+
+    first = open_dataset()
+    try:
+        open_dataset()
+        result = "opened"
+    except ValueError as error:
+        result = str(error)
+    """
+    result = run_in_fork(code, remote=str(written), cache=str(tmp_path / "cache"))
+    assert result.startswith("Reused local directory")
+
+
+def test_ours_shares_a_cache(written, tmp_path):
+    cache = tmp_path / "cache"
+    (cache / "train").mkdir(parents=True)
+    (cache / "train" / "index.json").write_bytes((written / "train" / "index.json").read_bytes())
+    code = "first, second = open_dataset(), open_dataset()\nresult = [len(list(first)), len(list(second))]"
+    assert run_in_fork(OURS + code, folder=str(cache), remote=str(written)) == [300, 300]

@@ -1,0 +1,48 @@
+"""Helpers for error sentences, and random states."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from infini_ds.utils.errors import did_you_mean, first_line
+from infini_ds.utils.rng import get_rng_states, seed_everything, set_rng_states
+
+
+def test_did_you_mean():
+    known = ["learning_rate", "eps", "beta1"]
+    assert did_you_mean("learing_rate", known, prefix="optimizer.") == ": did you mean optimizer.learning_rate?"
+    assert did_you_mean("momentum", known) == "; known are beta1, eps, learning_rate"
+    assert did_you_mean("bta1", iter(known)) == ": did you mean beta1?"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("no such file.\n\nMore advice."), "no such file"),
+        (ValueError(""), "ValueError"),
+        (RuntimeError("\n  spaces"), "spaces"),
+    ],
+)
+def test_first_line(error, line):
+    assert first_line(error) == line
+
+
+def draw() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_random_states_are_restored():
+    before = get_rng_states()
+    try:
+        seed_everything(7)
+        states = get_rng_states()
+        first = draw()
+        assert draw() != first
+        set_rng_states(states)
+        assert draw() == first
+        seed_everything(7)
+        assert draw() == first
+    finally:
+        set_rng_states(before)
