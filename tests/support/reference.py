@@ -205,9 +205,9 @@ def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tens
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> InfiniGPTNeoForCausalLM:
-    """Return a model in eval mode with two layers, one of each kind, and large random weights, without a cache by default.
+    """Return a model in eval mode with two layers, one of each kind, and large random weights.
 
-    `fields`: of InfiniGPTNeoConfig or BlockSchedule.
+    `fields`: of InfiniGPTNeoConfig or BlockSchedule. The forward pass returns no cache by default.
     """
     torch.manual_seed(seed)
     schedule, fields = split_schedule(fields)
