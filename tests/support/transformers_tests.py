@@ -45,7 +45,9 @@ def fetch() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-            pytest.skip(f"the package index gives no tests of transformers {VERSION}: {reason}", allow_module_level=True)
+            pytest.skip(
+                f"the package index gives no tests of transformers {VERSION}: {reason}", allow_module_level=True
+            )
     (archive,) = folder.glob(f"transformers-{VERSION}.tar.gz")
     top = f"transformers-{VERSION}/tests/"
     with tarfile.open(archive) as file:
