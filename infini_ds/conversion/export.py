@@ -1,6 +1,5 @@
 """Write a Hugging Face folder that works without this project: weights, configuration, model code, tokenizer, card."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from infini_ds.conversion.card import card_of_checkpoint
 from infini_ds.conversion.locate import ModelLocation, load_model
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
+from infini_ds.utils.pretrained import read_config
 
 
 def export(location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
@@ -64,8 +64,10 @@ def write_folder(
 def _is_export(folder: Path) -> bool:
     if (folder / MANIFEST).exists() or (folder / ".git").exists():
         return False
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == InfiniGPTNeoConfig.model_type
+    try:
+        return read_config(folder, str(folder)).get("model_type") == InfiniGPTNeoConfig.model_type
+    except UserError:  # no config.json, or a broken one, whose folder is not replaced
+        return False
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> str:
