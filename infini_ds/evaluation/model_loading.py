@@ -18,7 +18,8 @@ from infini_ds.utils.pretrained import load_pretrained, load_tokenizer_files, re
 
 # Fields of a configuration that do not change what the model computes. They differ between a checkpoint and its export.
 NOT_HASHED = (
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("_name_or_path", "architectures", "auto_map", "dtype", "n_positions", "torch_dtype", "transformers_version"),
+    "use_cache",
 )
 
 

@@ -52,6 +52,9 @@ files = [getattr(module, "__file__", None) or "" for module in sys.modules.value
 assert not [file for file in files if file.startswith((f"{project}/infini_ds/", f"{project}/data_prep/"))]
 """
 
+CLASSES = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+MODULES = ("modeling", "configuration", "memory")
+
 
 @pytest.fixture(scope="module")
 def exported(runs):
@@ -65,7 +68,8 @@ def test_an_export_has_all_files_and_a_card(exported):
     shards = list(exported.glob("model-*.safetensors"))
     assert len(shards) > 2 and (exported / "model.safetensors.index.json").exists()
     config = json.loads((exported / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *CLASSES}
+    (suffix,) = {reference.split(".")[0].split("_")[-1] for reference in config["auto_map"].values()}
     assert config["segment_length"] == 32 and config["vocab_size"] == 512
     card = (exported / "README.md").read_text()
     validation = [line for line in read_metrics(exported.parent) if "validation/loss" in line][-1]
@@ -76,7 +80,7 @@ def test_an_export_has_all_files_and_a_card(exported):
         "trust_remote_code",
     ):
         assert words in card, words
-    for name in ("tokenizer.json", "generation_config.json", "modeling.py", "configuration.py", "memory.py"):
+    for name in ("tokenizer.json", "generation_config.json", *(f"{module}_{suffix}.py" for module in MODULES)):
         assert (exported / name).exists(), name
 
 
