@@ -1,12 +1,11 @@
 """Conversion: an export works without this project and gives the same logits; GPT-Neo is converted; scripts."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from harness import ROOT, call_script, environment, pretrain, run_script
+from alone import run_alone
+from harness import ROOT, call_script, pretrain, run_script
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -14,20 +13,8 @@ from infini_ds.conversion.locate import ModelLocation, load_model, load_tokenize
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 
-# A process with torch and transformers, but without this project's packages and the libraries for training.
-ALONE = """
-import importlib.util
-import sys
-from pathlib import Path
-
-folder, out, project = sys.argv[1:]
-# As if the project were not installed: neither on the path, nor by the finder of an editable installation.
-sys.path = [path for path in sys.path if not Path(path or ".", "infini_ds").exists()]
-sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
-for name in ("infini_ds", "data_prep"):
-    assert importlib.util.find_spec(name) is None, name
-for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "omegaconf"):
-    sys.modules[name] = None  # an import of it fails
+USE = """
+import re
 import torch
 from transformers import (
     AutoConfig,
@@ -37,6 +24,7 @@ from transformers import (
     pipeline,
 )
 
+folder, out, project = sys.argv[1:]
 # Loaded first, when transformers 4 has not yet copied the code that the other class of the folder needs.
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -48,6 +36,11 @@ with torch.no_grad():
     assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
+(example,) = re.findall("^```python$(.*?)^```$", Path(folder, "README.md").read_text(), re.MULTILINE | re.DOTALL)
+names = {}
+exec(example, names)  # in the folder that holds the export
+prompt, output = names["prompt"], names["output"]
+assert prompt[0, 0] == 0 and (prompt == 0).sum() == 1 and output.shape[1] > prompt.shape[1]
 files = [getattr(module, "__file__", None) or "" for module in sys.modules.values() if module is not None]
 assert not [file for file in files if file.startswith((f"{project}/infini_ds/", f"{project}/data_prep/"))]
 """
@@ -86,12 +79,7 @@ def test_an_export_has_all_files_and_a_card(exported):
 
 def test_an_export_works_without_this_project(exported, tmp_path):
     """In a new process that cannot import the project. It gives the logits of the checkpoint."""
-    variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "out.pt"), str(ROOT)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone(USE, exported, tmp_path / "out.pt", ROOT, cwd=exported.parent, cache=tmp_path / "cache")
     alone = torch.load(tmp_path / "out.pt")
     model = load_model(locate(exported.parent))
     with torch.no_grad():

@@ -1,6 +1,5 @@
 """Run a Python program where transformers is installed and this project is not, offline."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +24,8 @@ for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "om
 def run_alone(program: str, *arguments, cwd: Path, cache: Path) -> str:
     """Run a program with an empty cache of transformers and no terminal; return what it wrote to both streams."""
     variables = {"PYTHONPATH": "", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    python = os.environ.get("PYTHON_ALONE", sys.executable)  # another version of transformers
     done = subprocess.run(
-        [python, "-c", ALONE + program, *map(str, arguments)],
+        [sys.executable, "-c", ALONE + program, *map(str, arguments)],
         cwd=cwd,
         env=environment(**variables),
         capture_output=True,
