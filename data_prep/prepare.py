@@ -12,6 +12,7 @@ import math
 import os
 import time
 from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
 
 from data_prep.atomic_dir import LOCK, build_folder
@@ -47,7 +48,7 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Manifest:
         UserError: the user can repair it. `out` is then as it was.
     """
     check_options(options)
-    out = Path(options.out).resolve()  # a link is kept, and what it points to is written
+    out = Path(options.out).expanduser().resolve()  # a link is kept, and what it points to is written
     replace = False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         finished = _find_finished(out, options)
@@ -166,7 +167,21 @@ def _make_tokenizer(
         return save_tokenizer(make_word_tokenizer(vocabulary), folder, "words")
     progress.phase("training the tokenizer")
     texts = training_texts(options, held_out)
-    return save_tokenizer(train_tokenizer(texts, options.vocab_size, options.tokenizer_bytes), folder, "trained")
+    first = list(islice(texts, 1))
+    if not first:
+        _check_text_to_train_on(options, held_out)
+    return save_tokenizer(
+        train_tokenizer(chain(first, texts), options.vocab_size, options.tokenizer_bytes), folder, "trained"
+    )
+
+
+def _check_text_to_train_on(options: PrepareOptions, held_out: frozenset[int] | None) -> None:
+    """Raise a UserError if no document is left to train a tokenizer on."""
+    skipped, shares, number = SkipCounts(), DrawnShares(), {"train": 0, "validation": 0}
+    for split, _ in split_documents(options, held_out, skipped, shares):
+        number[split] += 1
+    if not number["train"]:
+        _check_splits_filled(options, 0, number["validation"], skipped, shares)
 
 
 def _check_splits_filled(
