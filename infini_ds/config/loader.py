@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from infini_ds.config.keys import Key, Section, element_section, is_free, list_keys, section_of
 from infini_ds.config.yaml_text import has_interpolation, read_file, read_value, resolve_interpolations
 from infini_ds.utils.errors import UserError, did_you_mean
+from infini_ds.utils.paths import user_path
 
 COMMAND_LINE = "on the command line"
 
@@ -66,11 +67,12 @@ class Loader(Generic[S]):
         Raises:
             UserError: the file does not exist, is not YAML, or has a key that is unknown or of another form.
         """
-        if not Path(path).is_file():
+        file = user_path(str(path))
+        if not file.is_file():
             known = ", ".join(sorted(str(p) for p in Path(shipped).glob("*.yaml"))) if shipped else ""
             raise UserError(f"{option} {path} does not exist" + (f"; known are {known}" if known else ""))
         try:
-            texts, typed = read_file(Path(path))
+            texts, typed = read_file(file)
         except ValueError as error:
             raise UserError(f"{option} {path} {error}") from error
         self._layers += 1
@@ -184,6 +186,7 @@ class Loader(Generic[S]):
         """Of two alternatives, forget the one that an earlier layer gives."""
         for pair in self.alternatives:
             paths = [path for name in pair if (path := tuple(name.split("."))) in self._given]
+            paths = [path for path in paths if self._given[path].text]  # an empty list or null replaces nothing
             newest = max((self._given[path].layer for path in paths), default=0)
             for path in paths:
                 if self._given[path].layer < newest:

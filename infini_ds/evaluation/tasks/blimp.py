@@ -7,6 +7,7 @@ space, not divided by its length; a tie is correct. The overall accuracy is the 
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,10 @@ class Blimp(EvaluationTask[BlimpResult]):
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
         parser.add_argument(
-            "--blimp", default=HUB_NAME, help="folder of JSONL files, or a dataset on the hub (default: %(default)s)"
+            "--blimp",
+            type=os.path.expanduser,
+            default=HUB_NAME,
+            help="folder of JSONL files, or a dataset on the hub (default: %(default)s)",
         )
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> BlimpResult:
@@ -160,7 +164,7 @@ def read_paradigms(path: str, limit: int | None) -> list[Paradigm]:
         UserError: no such folder or dataset, or a file is not in BLiMP's format.
     """
     if Path(path).is_dir():
-        lines = {file.stem: read_file(file) for file in sorted(Path(path).glob("*.jsonl"))}
+        lines = {file.stem: read_file(file) for file in sorted(Path(path).iterdir()) if file.suffix.lower() == ".jsonl"}
         if not lines:
             raise UserError(f"--blimp {path} holds no .jsonl files: name the folder with BLiMP's 67, its data/")
     else:
