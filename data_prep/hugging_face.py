@@ -29,6 +29,7 @@ def read_hugging_face(name: str, options: ReadOptions) -> Iterator[Document]:
     if not os.path.isdir(name):
         yield from _stream(name, name, options)
         return
+    name = os.path.abspath(name)  # `datasets` takes "csv" for its own reader of CSV
     with _plain_folder(name, options) as folder:
         builder = _load(lambda datasets: datasets.load_dataset_builder(folder, options.subset), options)
         files = _own_files(builder, options)

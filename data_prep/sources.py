@@ -65,12 +65,20 @@ def find_source(option: str, text: str) -> tuple[SourceKind, str]:
     """Return the kind and the argument of "KIND:ARGUMENT". Raises a UserError for an unknown kind."""
     kind, _, argument = text.partition(":")
     if kind not in SOURCES:
+        if os.path.exists(os.path.expanduser(text)):
+            raise UserError(f"{option} {text}: say what it is; write it as {_kind_of_path(text)}:{text}")
         forms = [found.form for found in SOURCES.values()]
         raise UserError(f"{option} {text}: unknown kind {kind!r}{did_you_mean(kind, forms, cutoff=0.4)}")
     found = SOURCES[kind]
     if (":" in found.form) != bool(argument):
         raise UserError(f"{option} {text}: write it as {found.form}")
     return found, argument
+
+
+def _kind_of_path(path: str) -> str:
+    """Return the kind of source that a file or folder of this name most likely is."""
+    endings = {".jsonl": "jsonl", ".ndjson": "jsonl", ".gz": "jsonl", ".zst": "jsonl", ".parquet": "parquet"}
+    return endings.get(os.path.splitext(path)[1].lower(), "text")
 
 
 def read_documents(options: ReadOptions) -> Iterator[Document]:
@@ -98,13 +106,16 @@ def read_stdlib(_: str, options: ReadOptions) -> Iterator[Document]:
 
 @source("text:FOLDER", has_text_files=True)
 def read_text(folder: str, options: ReadOptions) -> Iterator[Document]:
-    """Every .txt file of a folder and the folders in it: one document each, or several with --document-separator."""
+    """Every .txt file of a folder and the folders in it, or one file: one document each, or several with
+    --document-separator.
+    """
     folder = os.path.expanduser(folder)
     if os.path.isfile(folder):
-        raise options.error("that is a file; name the folder that it is in, which holds .txt files")
-    if not os.path.isdir(folder):
-        raise options.error("no such folder; name one that holds .txt files")
-    paths = list(walk_files(Path(folder), ".txt", options.error))
+        paths = [Path(folder)]
+    elif not os.path.isdir(folder):
+        raise options.error("no such folder; name one that holds .txt files, or one file")
+    else:
+        paths = list(walk_files(Path(folder), ".txt", options.error))
     if not paths:
         raise options.error("no .txt file is in that folder or in those in it; name one that holds some")
     for path in paths:

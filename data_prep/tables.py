@@ -70,6 +70,11 @@ def _parse(name: str, text: str, options: ReadOptions) -> dict[str, Any]:
     except RecursionError:
         raise options.error(f"{name} is nested too deeply; repair or remove it") from None
     except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
+            raise options.error(
+                f"{name} begins a JSON array, and jsonl: takes one object a line; hf:FOLDER reads .json files of one "
+                "array each"
+            ) from None
         raise options.error(f"{name} is not JSON ({error.msg} at column {error.colno}); repair or remove it") from None
     except ValueError as error:  # a number of thousands of digits
         raise options.error(f"{name} cannot be read ({first_line(error)}); repair or remove it") from None

@@ -162,6 +162,19 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert_fails([f"--out {tmp_path}/a.txt"], source="text:~", out="~/a.txt", **SMALL)
 
 
+def test_a_path_without_its_kind_and_a_name_that_datasets_has_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("x")
+    (tmp_path / "a.JSONL").write_text(json_lines({"text": "y"}))
+    assert read_texts("text:book.txt") == ["x"]
+    assert sentence_of("book.txt").endswith("write it as text:book.txt")
+    assert sentence_of("a.JSONL").endswith("write it as jsonl:a.JSONL")
+    for folder in ("csv", "json"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.csv").write_text("text\nz\n")
+        assert read_texts(f"hf:{folder}") == ["z"]
+
+
 def test_a_folder_without_rights_is_named(tmp_path, monkeypatch):
     """As another user, since root has all rights."""
     (tmp_path / "open").mkdir()
@@ -187,7 +200,6 @@ def test_what_was_taken_for_text_is_told(tmp_path):
         (tmp_path / "a.txt").write_bytes(data)
         assert words in sentence_of(f"text:{tmp_path}")
         assert words in sentence_of(f"jsonl:{tmp_path}/a.txt")
-    assert "that is a file; name the folder" in sentence_of(f"text:{tmp_path}/a.txt")
     assert "is a folder; give its files" in sentence_of(f"jsonl:{tmp_path}")
 
 
@@ -198,6 +210,7 @@ def test_what_was_taken_for_text_is_told(tmp_path):
         ('{"text": 1' + "0" * 5000 + "}", "line 1 cannot be read"),
         ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
         ('["a"]', "line 1 is a JSON list"),
+        ('[\n{"text": "a"}\n]', "line 1 begins a JSON array"),
         ('{"text": {"a": 1}}', "line 1 holds dict there"),
         ("{'text': 'a'}", "line 1 is not JSON"),
     ],
