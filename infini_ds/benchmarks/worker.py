@@ -124,7 +124,7 @@ def measure_generation(
     ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
     with torch.inference_mode():
         model.generate(ids[:, :WARM_UP_TOKENS], max_new_tokens=2, do_sample=False)
-        memory, cache = PeakMemory(device), InfiniCache(model.config, 1, model.dtype, device)
+        memory, cache = PeakMemory(device), InfiniCache(shape.config(), 1, model.dtype, device)
         reading = time_call(lambda: model(ids, past_key_values=cache, logits_to_keep=1), device)
         times = [_time_new_tokens(model, cache, device) for _ in range(steps)]
     return GenerationSpeed(

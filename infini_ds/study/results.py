@@ -183,8 +183,8 @@ class GateMovement:
     """How the gates' beta moved in a run, as means over all heads (sigmoid(beta) is the gate).
 
     net_change: distance between start and end. path_length: sum of the changes between recorded steps, up and down.
-    max_change: sum of the gates' learning rates, the most that Adam can move a value. The last two are the shares of
-    the path and of that sum that belong to the first half of the steps.
+    max_change: sum of the gates' learning rates, the most that Adam can move a value. The last two are the
+    fractions of the path and of that sum that belong to the first half of the steps.
     """
 
     net_change: float

@@ -1,7 +1,7 @@
 """Read and write a study's two tables. Both are tidy: one row a value, so that `pandas.read_csv` is all that is needed.
 
 results.csv: one row for each run, step, task, setting of the memory and metric.
-gates.csv: one row for each run, recorded step, layer and head; `gate` is sigmoid(beta), the share of the memory.
+gates.csv: one row for each run, recorded step, layer and head; `gate` is sigmoid(beta), the weight of the memory.
 """
 
 import csv
