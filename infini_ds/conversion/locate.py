@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from infini_ds.checkpoint.manifest import MANIFEST, complete_checkpoints, find_damage
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 from infini_ds.utils.pretrained import check_finite, load_pretrained, load_tokenizer_files, read_config
 
 
@@ -37,7 +38,7 @@ def locate(path: str | Path) -> ModelLocation:
     Raises:
         UserError: the path is not one of the three, or a run without a complete checkpoint.
     """
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give an exported folder, a run, or a checkpoint")
     if (path / MANIFEST).is_file():
