@@ -12,9 +12,9 @@ from infini_ds.metrics.metric_writers import read_metrics
 MIN_SPREAD = 0.01  # between the smallest gate and the largest, below which all gates are alike
 MIN_REACH = 1.0  # that a gate's beta could have moved before a small spread is a problem
 SATURATION = 0.01  # this close to 0 or 1 the gradient of a gate is a 25th of that at 1/2, or less
-# Of a norm, relative to its value at half as many steps. Adam moves a weight by at most its learning rate a step, so while
-# steps double, the weights of keys and values at most about double, and their products in M grow fourfold. Lengths of
-# documents, which end rows, add to that: the default run's largest growth is 5.3.
+# Of a norm, relative to its value at half as many steps. Adam moves a weight by at most its learning rate a step, so
+# while steps double, the weights of keys and values at most about double, and their products in M grow fourfold. The
+# lengths of the documents that end rows add to that: the default run's largest growth is 5.3.
 MAX_GROWTH = 10.0
 MIN_COST = 1e-3  # nats a token by which the memory raises the validation loss; less is no reason to change anything
 
@@ -51,7 +51,7 @@ class MemoryDiagnostics:
 
     def _keep_norms(self, step: int, metrics: dict[str, float]) -> None:
         """Keep the norms after a tenth of the steps, and after the warm-up."""
-        if step < max(self.recipe.steps // 10, self.recipe.schedule.warmup_steps):
+        if step < max(self.recipe.steps // 10, self.recipe.schedule.warmup(self.recipe.steps)):
             return
         for name, value in metrics.items():
             if "_norm/" in name:
@@ -87,8 +87,8 @@ class MemoryDiagnostics:
                 yield (
                     norm,
                     f"the norm of {norm.removesuffix('_norm')} in {layer} has grown from {before:.3g} to {value:.3g} "
-                    f"since half as many steps: if it grows further, lower optimizer.learning_rate={self.recipe.optimizer.learning_rate}, or "
-                    "set model.memory_rule=delta",
+                    "since half as many steps: if it grows further, lower optimizer.learning_rate="
+                    f"{self.recipe.optimizer.learning_rate}, or set model.memory_rule=delta",
                 )
         gained = metrics.get("validation/gained_by_memory")
         noise = 2 * metrics.get("validation/gain_standard_error", 0.0)

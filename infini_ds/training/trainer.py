@@ -175,7 +175,7 @@ class Trainer:
 
         Aborted, without a result, when a stop is requested.
         """
-        every, state = self.recipe.validation.every, self.state
+        every, state = self.recipe.validation.interval(self.recipe.steps), self.state
         is_due = every > 0 and state.validated != state.step and (state.step % every == 0 or self.is_complete)
         if not is_due or self.shutdown.agreed:
             return

@@ -32,7 +32,7 @@ def test_each_problem_gets_one_warning():
 
 
 # Norm of M in layer 0 in a run of tiny-cpu, two CPU cores, every 10 steps from the end of the warm-up, 30, to 240. The
-# values of that layer start small and grow while they are learned; the last document of a row has another length each time.
+# values of that layer start small and grow while they are learned; documents at the end of rows differ in length.
 HEALTHY = [
     *(13054, 37746, 45621, 68676, 71135, 80617, 60869, 108043, 120725, 50403, 39001, 125658, 158917, 149156, 132082),
     *(187717, 189501, 135685, 179503, 190772, 197812, 211507),
@@ -43,7 +43,9 @@ def warnings_of(norms: list[float]) -> list[str]:
     """Return the warnings of a run of tiny-cpu whose first layer has these norms."""
     diagnostics = MemoryDiagnostics(load_recipe(ROOT / "launch/recipes/tiny-cpu.yaml", ["output=/nowhere"]))
     steps = range(30, 10 * len(norms) + 30, 10)
-    found = [diagnostics.warnings(step, {"memory/M_norm/layer_0": norm}) for step, norm in zip(steps, norms)]
+    found = [
+        diagnostics.warnings(step, {"memory/M_norm/layer_0": norm}) for step, norm in zip(steps, norms, strict=True)
+    ]
     return [warning for warnings in found for warning in warnings]
 
 
@@ -62,9 +64,7 @@ def test_a_norm_that_runs_away_is_warned_of_once():
 def test_a_loss_within_the_noise_of_validation_is_no_warning():
     def warned(gain: float, error: float) -> list[str]:
         diagnostics = MemoryDiagnostics(load_recipe(None, ["output=/nowhere", *CHOICES]))
-        return diagnostics.warnings(
-            200, {"validation/gained_by_memory": gain, "validation/gain_standard_error": error}
-        )
+        return diagnostics.warnings(200, {"validation/gained_by_memory": gain, "validation/gain_standard_error": error})
 
     assert not warned(-0.00004, 0.0) and not warned(-0.01, 0.006)
     assert "by 0.0100" in warned(-0.01, 0.004)[0] and "by 0.0011" in warned(-0.0011, 0.0)[0]
