@@ -1,7 +1,8 @@
 """What is wrong on this node before a run finds out.
 
-python launch/doctor.py --config launch/recipes/tiny-cpu.yaml [key=value ...] [--fix] [--ranks N]
+python launch/doctor.py [--config launch/recipes/tiny-cpu.yaml] [key=value ...] [--fix] [--ranks N]
 
+Without --config and a batch (batch.rows or batch.tokens) it checks this machine for the recipe that fits its hardware.
 Under `deepspeed`, `torchrun` or `srun`, as the run itself would be started, it also tries whether the ranks reach each
 other. Exit code 1 if there is a problem; warnings are no problem.
 """
@@ -15,7 +16,12 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-from infini_ds.config.recipe import load_recipe
+from infini_ds.config.default_recipe import (
+    lacks_default_data,
+    load_recipe_or_default,
+    needs_default,
+    with_data_to_prepare,
+)
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import DistEnv, detect_environment, shutdown
 from infini_ds.distributed.rendezvous_check import check_rendezvous
@@ -77,11 +83,14 @@ def main() -> None:
     if args.ranks < 1 or not args.seconds > 0:
         raise UserError(f"--ranks {args.ranks} --seconds {args.seconds}: give 1 or more, and a time above 0")
     process = detect_environment()
-    recipe = None if args.only_ranks else load_recipe(args.config, args.overrides)
+    recipe = None if args.only_ranks else load_recipe_or_default(args.config, args.overrides)
     console = Console(highlight=False)
     problems = 0
     if process.local_rank == 0 and recipe:
-        for finding in examine(recipe, process, args.fix):
+        prepares = needs_default(args.config, args.overrides) and lacks_default_data(recipe)
+        if prepares:
+            recipe = with_data_to_prepare(recipe)
+        for finding in examine(recipe, process, args.fix, require_data=not prepares):
             problems += finding.state == "problem"
             show(finding, console)
     if process.world_size > 1 or args.ranks > 1:

@@ -195,17 +195,24 @@ def check_unfinished(source: DataSource, fix: bool) -> Iterator[Finding]:
         yield Finding("leftovers", "warning", f"{what}: --fix removes them")
 
 
-def examine(recipe: Recipe, process: DistEnv, fix: bool) -> Iterator[Finding]:
-    """All checks of this node but that of the ranks."""
+def examine(recipe: Recipe, process: DistEnv, fix: bool, require_data: bool = True) -> Iterator[Finding]:
+    """All checks of this node but that of the ranks.
+
+    Args:
+        require_data: False for data that the run itself prepares, if they are not there.
+    """
     yield from check_versions()
     yield from check_shared_memory(fix)
     try:
-        run = resolve(recipe, process)
+        run = resolve(recipe, process, require_data)
     except UserError as error:
         yield Finding("recipe", "problem", str(error))
         return
     sources, shape, limit = list(run.sources), run.batch_shape, run.cache_limit
     yield from check_room_for_run(recipe, run.model_config)
+    if not sources:
+        yield Finding("data", "ok", f"{recipe.data.path} is not prepared yet: the run prepares it first")
+        return
     if limit is not None:
         yield Finding("cache limit", "ok", f"{limit / MIB:,.0f} MiB, and every shard has another copy far away")
     yield from check_room_in_shm(sources, shape, recipe.data.workers, process.local_world_size)

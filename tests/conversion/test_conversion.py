@@ -181,10 +181,32 @@ def test_mistakes_in_generate_are_one_sentence(exported, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for arguments, words in (
         (["--file", tmp_path / "binary"], "cannot be read as text"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 must be a finite number of at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan must be a finite number of at least 0"),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature inf must be"),
+        (["--prompt", "a", "--top-p", "nan"], "--top-p nan must be above 0 and at most 1"),
     ):
         done = call_script("launch/generate.py", exported, *arguments, code=2)
         assert words in done.stderr and "Traceback" not in done.stderr
+    done = run_script("launch/generate.py", exported, stdin="", code=2)
+    assert done.stderr.startswith("error: no prompt: standard input is empty")
+
+
+def test_generate_ends_quietly_with_the_program_that_reads_its_text(exported):
+    """`python launch/generate.py ... | head -n 1`, and standard input closed."""
+    command = [sys.executable, "launch/generate.py", exported, "--max-new-tokens", "500", "--seed", "1"]
+    shell = 'exec "$@" <&-'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, "-", *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
 
 
 def test_report(exported):
