@@ -1,11 +1,13 @@
 """Conversion: an export works without this project and gives the same logits; GPT-Neo is converted; scripts."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from alone import run_alone
-from harness import ROOT, call_script, pretrain, run_script
+from harness import ROOT, call_script, environment, pretrain, run_script
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
