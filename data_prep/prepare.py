@@ -99,10 +99,14 @@ def _find_finished(out: Path, options: PrepareOptions) -> Manifest | None:
 def _differences(manifest: Manifest, options: PrepareOptions) -> str:
     """Return the options that differ, as text; empty if none does."""
     return ", ".join(
-        f"--{name.replace('_', '-')} {manifest.options.get(name)} there, {value} here"
+        f"--{name.replace('_', '-')} {_given(manifest.options.get(name))} there, {_given(value)} here"
         for name, value in cache_key_options(options).items()
         if manifest.options.get(name) != value
     )
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _build(options: PrepareOptions, folder: Path, progress: ProgressBar) -> Manifest:
