@@ -46,7 +46,10 @@ def write_folder(
     InfiniGPTNeoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     config = model.config
     # `save_pretrained` adds the configuration's and the model's own class to this map.
-    config.auto_map = {"AutoModelForSequenceClassification": "modeling.InfiniGPTNeoForSequenceClassification"}
+    config.auto_map = {
+        "AutoModel": "modeling.InfiniGPTNeoModel",
+        "AutoModelForSequenceClassification": "modeling.InfiniGPTNeoForSequenceClassification",
+    }
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,

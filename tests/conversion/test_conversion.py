@@ -31,6 +31,7 @@ for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "om
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -46,6 +47,8 @@ text = pipeline("text-generation", model=model, tokenizer=tokenizer)("import", m
 with torch.no_grad():
     state = classifier.transformer(ids).last_hidden_state[:, -1]
     assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(base).__name__ == "InfiniGPTNeoModel" and torch.equal(base(ids).last_hidden_state[:, -1], state)
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
 files = [getattr(module, "__file__", None) or "" for module in sys.modules.values() if module is not None]
@@ -65,7 +68,8 @@ def test_an_export_has_all_files_and_a_card(exported):
     shards = list(exported.glob("model-*.safetensors"))
     assert len(shards) > 2 and (exported / "model.safetensors.index.json").exists()
     config = json.loads((exported / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(config["auto_map"]) == classes
     assert config["segment_length"] == 32 and config["vocab_size"] == 512
     card = (exported / "README.md").read_text()
     validation = [line for line in read_metrics(exported.parent) if "validation/loss" in line][-1]
