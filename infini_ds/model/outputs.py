@@ -6,6 +6,7 @@ norm; 0 at padding.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
@@ -13,6 +14,8 @@ from transformers.modeling_outputs import ModelOutput
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
 from .memory_rule import State
+
+OutputT = TypeVar("OutputT", bound=ModelOutput)
 
 
 @dataclass
@@ -47,6 +50,6 @@ def wants_dict(return_dict: bool | None, config: InfiniGPTNeoConfig) -> bool:
     return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
-def as_requested(output: ModelOutput, named: bool) -> ModelOutput | tuple:
+def as_requested(output: OutputT, named: bool) -> OutputT | tuple:
     """Return the output, or a tuple of its values in the order of transformers, without `memory`."""
     return output if named else tuple(value for name, value in output.items() if name != "memory")

@@ -20,6 +20,7 @@ import re
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -36,6 +37,8 @@ text = pipeline("text-generation", model=model, tokenizer=tokenizer)("import", m
 with torch.no_grad():
     state = classifier.transformer(ids).last_hidden_state[:, -1]
     assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(base).__name__ == "InfiniGPTNeoModel" and torch.equal(base(ids).last_hidden_state[:, -1], state)
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
 (example,) = re.findall("^```python$(.*?)^```$", Path(folder, "README.md").read_text(), re.MULTILINE | re.DOTALL)
