@@ -19,7 +19,7 @@ from .segments import SegmentGrid
 class RuleParameters(nn.ParameterDict):
     """A memory rule's own parameters. They are got by a call, so that hooks that load or gather weights run."""
 
-    __call__ = nn.Module.__call__  # type: ignore[assignment]  # ParameterDict's own has an argument
+    __call__ = nn.Module.__call__  # ParameterDict's own has an argument
 
     def forward(self) -> dict[str, Tensor]:
         return dict(self.items())

@@ -236,7 +236,9 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and self.training and self.gradient_checkpointing:
-            logger.warning_once("use_cache=True is not possible with gradient checkpointing: use_cache is set to False")
+            logger.warning_once(  # type: ignore[attr-defined]
+                "use_cache=True is not possible with gradient checkpointing: use_cache is set to False"
+            )
             return False
         return bool(use_cache)
 

@@ -7,6 +7,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from .arguments import one_cache
 from .cache import CACHE_NAME, InfiniCache
+from .configuration import InfiniGPTNeoConfig
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -34,7 +35,7 @@ class InfiniGenerationMixin(GenerationMixin):
             generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
         )
 
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):  # type: ignore[override]
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Return what transformers' `generate()` returns, for a prompt with or without a cache.
 
         Args:
@@ -63,9 +64,10 @@ class InfiniGenerationMixin(GenerationMixin):
         cache = kwargs.get(CACHE_NAME)
         if cache is None:
             cache = InfiniCache(self.config, len(ids), self.dtype, ids.device)  # type: ignore[attr-defined]
-        if kwargs.get("attention_mask") is None and self.config.pad_token_id is not None:  # as transformers infers it
-            pad, end = self.config.pad_token_id, self.config.eos_token_id
-            if pad != end and bool((ids == pad).any()):
+        if kwargs.get("attention_mask") is None:  # as transformers infers it
+            config: InfiniGPTNeoConfig = self.config  # type: ignore[attr-defined]
+            pad, end = config.pad_token_id, config.eos_token_id
+            if pad is not None and pad != end and bool((ids == pad).any()):
                 kwargs["attention_mask"] = (ids != pad).long()
         while (rest := ids.shape[1] - 1 - cache.get_seq_length()) > 0:
             read = ids[:, : cache.get_seq_length() + min(size, rest)]

@@ -8,6 +8,7 @@ The cache is the field `past_key_values`, or from transformers 5.24 on the field
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -19,6 +20,8 @@ from transformers.modeling_outputs import (
 from .cache import CACHE_NAME
 from .configuration import InfiniGPTNeoConfig
 from .memory_rule import State
+
+OutputT = TypeVar("OutputT", bound=ModelOutput)
 
 
 @dataclass
@@ -48,6 +51,6 @@ def wants_dict(return_dict: bool | None, config: InfiniGPTNeoConfig) -> bool:
     return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
-def as_requested(output: ModelOutput, named: bool) -> ModelOutput | tuple:
+def as_requested(output: OutputT, named: bool) -> OutputT | tuple:
     """Return the output, or a tuple of its values in the order of transformers, without `memory`."""
     return output if named else tuple(value for name, value in output.items() if name != "memory")

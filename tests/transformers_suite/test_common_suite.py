@@ -37,8 +37,8 @@ FIELDS = {
 
 # Tests that cannot apply, each with its reason.
 NOT_APPLICABLE = {
-    "test_retain_grad_hidden_states_attentions": "no gradient flows through `hidden_states`: they are copies in the order "
-    "of the tokens, and the layers compute on segments",
+    "test_retain_grad_hidden_states_attentions": "no gradient flows through `hidden_states`: they are copies in the "
+    "order of the tokens, and the layers compute on segments",
 }
 
 
