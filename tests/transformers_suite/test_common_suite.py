@@ -42,7 +42,7 @@ NOT_APPLICABLE = {
 }
 
 
-class Tester:
+class ModelTester:
     """What transformers' tests ask of a tester of a model."""
 
     batch_size, seq_length, is_training = B, T, True
@@ -72,7 +72,7 @@ class TestModels(modeling.ModelTesterMixin, modeling.GenerationTesterMixin, unit
     def setUp(self) -> None:
         if reason := NOT_APPLICABLE.get(self._testMethodName):
             self.skipTest(reason)
-        self.model_tester = Tester(self)
+        self.model_tester = ModelTester(self)
         self.config_tester = configurations.ConfigTester(
             self, config_class=InfiniGPTNeoConfig, common_properties=["vocab_size"], **FIELDS
         )
