@@ -69,6 +69,9 @@ class Engine:
         # By default DeepSpeed rejects an fp32 step by the gradient's norm alone. With the optimizer on the CPU it takes
         # that norm in the backward pass, before `step(skip=True)` changes the gradient; this check comes after.
         self._engine.optimizer.check_grad_overflow = True
+        # DeepSpeed puts zero_to_fp32.py into each checkpoint. Called as its header says, it fails: it looks for a file
+        # `latest`, which these checkpoints do without.
+        self._engine._copy_recovery_script = lambda save_path: None
 
     @property
     def module(self) -> InfiniGPTNeoForCausalLM:
