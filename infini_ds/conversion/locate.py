@@ -1,5 +1,6 @@
 """Find and load the model that a path holds: an exported folder, a run, or one checkpoint of a run."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.checkpoint.manifest import MANIFEST, complete_checkpoints, find_damage
+from infini_ds.config.recipe import RECIPE_FILE
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 from infini_ds.utils.pretrained import check_finite, load_pretrained, load_tokenizer_files, read_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def locate(path: str | Path) -> ModelLocation:
     Raises:
         UserError: the path is not one of the three, or a run without a complete checkpoint.
     """
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give an exported folder, a run, or a checkpoint")
     if (path / MANIFEST).is_file():
@@ -61,6 +66,24 @@ def locate(path: str | Path) -> ModelLocation:
         f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a complete checkpoint "
         f"({MANIFEST})"
     )
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """Return the run of a folder of runs that has saved a checkpoint last, and log which it is.
+
+    Raises:
+        UserError: the folder holds no run with a complete checkpoint.
+    """
+    checkpoints = {run.parent: complete_checkpoints(run.parent) for run in runs.glob(f"*/{RECIPE_FILE}")}
+    saved = {run: (found[-1] / MANIFEST).stat().st_mtime for run, found in checkpoints.items() if found}
+    if not saved:
+        raise UserError(
+            f"no model is named, and {runs}/ holds no run with a complete checkpoint: name a model, or train one with "
+            "`make pretrain`"
+        )
+    newest = max(saved, key=lambda run: saved[run])
+    logger.info(f"taking the newest run, {newest}")
+    return newest
 
 
 def load_model(

@@ -41,6 +41,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     """
 
     model_type = "infini_gpt_neo"
+    # Of an output: the Trainer would gather them over all batches.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "memory"]
 
     def __init__(
         self,
@@ -75,10 +77,6 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-    @property
-    def has_dropout(self) -> bool:
-        return bool(self.resid_dropout or self.embed_dropout or self.attention_dropout)
 
     def _check(self) -> None:
         if self.segment_length < 1:

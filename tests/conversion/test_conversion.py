@@ -1,11 +1,13 @@
 """Conversion: an export works without this project and gives the same logits; GPT-Neo is converted; scripts."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from alone import run_alone
-from harness import ROOT, call_script, pretrain, run_script
+from harness import ROOT, call_script, environment, pretrain, run_script
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -18,6 +20,7 @@ import re
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,6 +37,8 @@ text = pipeline("text-generation", model=model, tokenizer=tokenizer)("import", m
 with torch.no_grad():
     state = classifier.transformer(ids).last_hidden_state[:, -1]
     assert torch.equal(classifier(ids).logits, classifier.score(state)) and classifier.score.out_features == 3
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(base).__name__ == "InfiniGPTNeoModel" and torch.equal(base(ids).last_hidden_state[:, -1], state)
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
 (example,) = re.findall("^```python$(.*?)^```$", Path(folder, "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -181,10 +186,32 @@ def test_mistakes_in_generate_are_one_sentence(exported, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for arguments, words in (
         (["--file", tmp_path / "binary"], "cannot be read as text"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 must be a finite number of at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan must be a finite number of at least 0"),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature inf must be"),
+        (["--prompt", "a", "--top-p", "nan"], "--top-p nan must be above 0 and at most 1"),
     ):
         done = call_script("launch/generate.py", exported, *arguments, code=2)
         assert words in done.stderr and "Traceback" not in done.stderr
+    done = run_script("launch/generate.py", exported, stdin="", code=2)
+    assert done.stderr.startswith("error: no prompt: standard input is empty")
+
+
+def test_generate_ends_quietly_with_the_program_that_reads_its_text(exported):
+    """`python launch/generate.py ... | head -n 1`, and standard input closed."""
+    command = [sys.executable, "launch/generate.py", exported, "--max-new-tokens", "500", "--seed", "1"]
+    shell = 'exec "$@" <&-'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, "-", *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
 
 
 def test_report(exported):

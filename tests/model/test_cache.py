@@ -153,12 +153,15 @@ def test_a_cache_cannot_be_cropped():
         cache.crop(5)
 
 
-def test_a_cache_with_gradient_checkpointing_is_rejected():
-    model = tiny_model().train()
+def test_no_cache_while_training_with_gradient_checkpointing():
+    """As in transformers: `use_cache` is set to False, and a cache that is given is refused."""
+    model, ids = tiny_model().train(), random_ids(1, 5)
+    cache = model(ids, use_cache=True).past_key_values
     model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="use_cache=True is not possible while training with gradient checkpointing"):
-        model(random_ids(1, 5), use_cache=True)
-    assert model.eval()(random_ids(1, 5), use_cache=True).past_key_values is not None
+    assert model(ids, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="not possible while training with gradient checkpointing"):
+        model(ids, past_key_values=cache)
+    assert model.eval()(ids, use_cache=True).past_key_values is not None
 
 
 def test_the_mask_may_cover_all_tokens_since_the_start():

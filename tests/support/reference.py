@@ -207,12 +207,13 @@ def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tens
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> InfiniGPTNeoForCausalLM:
     """Return a model in eval mode with two layers, one of each kind, and large random weights.
 
-    `fields`: of InfiniGPTNeoConfig or BlockSchedule.
+    `fields`: of InfiniGPTNeoConfig or BlockSchedule. The forward pass returns no cache by default.
     """
     torch.manual_seed(seed)
     schedule, fields = split_schedule(fields)
     model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig(**(TINY | fields)))
     model.block_schedule = schedule
+    model.config.use_cache = fields.get("use_cache", False)  # generate() has a setting of its own
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ln_" not in name or name.endswith("bias"):

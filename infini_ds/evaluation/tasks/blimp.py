@@ -7,6 +7,7 @@ supplement is a group of its own.
 
 import argparse
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,6 +119,7 @@ class Blimp(EvaluationTask[BlimpResult]):
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
         parser.add_argument(
             "--blimp",
+            type=os.path.expanduser,
             default=HUB_NAME,
             help="folder of BLiMP's or BabyLM's files, or a dataset on the hub (default: %(default)s)",
         )
