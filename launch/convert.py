@@ -6,7 +6,7 @@ python launch/convert.py --from-gpt-neo FOLDER --out infini-neo      a GPT-Neo, 
 """
 
 import argparse
-from pathlib import Path
+import os
 
 import torch
 
@@ -15,13 +15,18 @@ from infini_ds.conversion.gpt_neo import GATES, from_gpt_neo
 from infini_ds.conversion.locate import locate, newest_run
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", help="a run or one of its checkpoints (default: the newest run)")
-    parser.add_argument("--from-gpt-neo", metavar="FOLDER", help="folder or hub name of a GPT-Neo model")
-    parser.add_argument("--out", type=Path, help="folder to write (default: export/ in the run's folder)")
+    parser.add_argument(
+        "source", nargs="?", type=user_path, help="a run or one of its checkpoints (default: the newest run)"
+    )
+    parser.add_argument(
+        "--from-gpt-neo", type=os.path.expanduser, metavar="FOLDER", help="folder or hub name of a GPT-Neo model"
+    )
+    parser.add_argument("--out", type=user_path, help="folder to write (default: export/ in the run's folder)")
     parser.add_argument("--max-shard-size", default="2GB", help="limit of a safetensors file (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the exported weights (default: float32)")
     parser.add_argument("--segment-length", type=int, help="tokens in a segment, with --from-gpt-neo (default: 128)")

@@ -9,9 +9,9 @@ Finished parts are cached in the folder of the results and not computed again.
 """
 
 import argparse
+import os
 import shlex
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -24,15 +24,16 @@ from infini_ds.evaluation.model_loading import load_evaluated_model
 from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.task import TASKS, EvaluationContext, integer
 from infini_ds.utils.errors import UserError, did_you_mean
+from infini_ds.utils.paths import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     what = "an export, a run, a checkpoint, or the folder or hub name of a causal model (default: the newest run)"
-    add("model", nargs="?", help=what)
+    add("model", nargs="?", type=os.path.expanduser, help=what)
     add("--tasks", nargs="+", default=["position"], metavar="TASK", help=f"{', '.join(TASKS)} (default: position)")
-    add("--out", type=Path, help="folder of the results (default: evaluation/ in the folder of the model)")
+    add("--out", type=user_path, help="folder of the results (default: evaluation/ in the folder of the model)")
     add("--seed", type=integer("--seed", 0), default=0, help="of random draws in all tasks (default: %(default)s)")
     add("--limit", type=integer("--limit", 0), default=0, help="examples of each data set, 0 for all (default: all)")
     add(

@@ -9,7 +9,6 @@ echo "import os" | python launch/generate.py runs/tiny
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,16 @@ from infini_ds.distributed.entry_point import run_main
 from infini_ds.evaluation.generation import prompt_inputs
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.logging import setup_logging
+from infini_ds.utils.paths import user_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="an exported folder, a run, or a checkpoint (default: the newest run)")
+    parser.add_argument(
+        "model", nargs="?", type=user_path, help="an exported folder, a run, or a checkpoint (default: the newest run)"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given more than once")
-    parser.add_argument("--file", type=Path, action="append", default=[], help="file whose text is a prompt")
+    parser.add_argument("--file", type=user_path, action="append", default=[], help="file whose text is a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 for greedy decoding (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="for nucleus sampling (default: %(default)s)")

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-def test_examples_give_what_is_printed():
-    text = re.sub(r"^ *```.*$", "", (ROOT / "docs/infini-attention.md").read_text(), flags=re.MULTILINE)
-    examples = doctest.DocTestParser().get_doctest(text, {}, "infini-attention.md", None, 0)
-    result = doctest.DocTestRunner().run(examples)
-    assert result.attempted > 20 and result.failed == 0
+@pytest.mark.parametrize(("name", "examples"), [("infini-attention.md", 20), ("hazards.md", 10)])
+def test_examples_give_what_is_printed(name, examples):
+    text = re.sub(r"^ *```.*$", "", (ROOT / "docs" / name).read_text(), flags=re.MULTILINE)
+    result = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, name, None, 0))
+    assert result.attempted > examples and result.failed == 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -61,7 +61,7 @@ class MemoryDiagnostics:
                     norms.popleft()
 
     def _norm_at_half(self, name: str, step: int) -> float | None:
-        """Return the last norm that was recorded up to half of `step`; None if there is none that early."""
+        """Return the last norm that was recorded up to half of `step`; None if no step that early has one."""
         norms = self._norms.get(name)
         return norms[0][1] if norms and norms[0][0] <= step / 2 else None
 

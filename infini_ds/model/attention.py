@@ -16,6 +16,15 @@ from .memory_rule import State, get_memory_rule
 from .segments import SegmentGrid
 
 
+class RuleParameters(nn.ParameterDict):
+    """A memory rule's own parameters. They are got by a call, so that hooks that load or gather weights run."""
+
+    __call__ = nn.Module.__call__  # ParameterDict's own has an argument
+
+    def forward(self) -> dict[str, Tensor]:
+        return dict(self.items())
+
+
 class InfiniAttention(nn.Module):
     """Local attention and the memory, blended by one gate a head."""
 
@@ -30,7 +39,7 @@ class InfiniAttention(nn.Module):
         self.out_proj = nn.Linear(E, E, bias=True)
         self.beta = nn.Parameter(torch.full((config.num_heads,), float(config.gate_init)))
         self.rule = get_memory_rule(config.memory_rule)
-        self.memory_parameters = nn.ParameterDict(self.rule.parameters(config))
+        self.memory_parameters = RuleParameters(self.rule.parameters(config))
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(
@@ -61,7 +70,7 @@ class InfiniAttention(nn.Module):
         local = local_attention(local_q.flatten(0, 1), local_k.flatten(0, 1), v.flatten(0, 1), mask, dropout)
         local = local.unflatten(0, (B, grid.N))
 
-        parameters = dict(self.memory_parameters.items())
+        parameters = self.memory_parameters()
         # Without autocast: the memory stays in fp32 whatever the precision of the layer.
         with torch.autocast(hidden.device.type, enabled=False):
             before, state = self.rule.write(state, k, v, grid.write_mask, grid.memory_document, parameters)

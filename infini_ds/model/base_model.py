@@ -5,7 +5,7 @@ All segments of a block are computed at once, and only the memory passes from bl
 Shapes: B batch, T tokens, E width, H heads, N segments, S slots in a segment, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar, cast
@@ -16,7 +16,16 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from .arguments import (
+    check_token_types,
+    checked_mask,
+    documents_of_positions,
+    one_of_ids_and_embeds,
+    reject_attentions,
+    reject_unknown_arguments,
+)
 from .attention import InfiniAttention
 from .block_schedule import BlockSchedule
 from .cache import InfiniCache, LayerCache
@@ -25,18 +34,12 @@ from .layers import InfiniLayer
 from .local_attention import document_mask
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
-from .outputs import InfiniModelOutput
+from .outputs import InfiniModelOutput, as_requested, wants_dict
 from .recompute import checkpoint_blocks
 from .segments import SegmentGrid, build_grid, build_grid_after_cache
 
+logger = logging.get_logger(__name__)
 OutputT = TypeVar("OutputT", bound=tuple[Tensor | None, ...])  # what is computed of a block's hidden states
-
-
-def reject_unknown_arguments(arguments: dict) -> None:
-    """Raise a TypeError for a misspelled argument, or one that requests what this model does not provide."""
-    for name, value in arguments.items():
-        if name != "cache_position" and not (value is None or value is False or (name == "return_dict" and value)):
-            raise TypeError(f"forward() of Infini-GPT-Neo has no argument {name}={value!r:.80}")
 
 
 class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
@@ -80,19 +83,36 @@ class ForwardContext:
     """What a forward pass starts from.
 
     Attributes:
+        input_ids: (B, T), 0 where embeddings are given; inputs_embeds: (B, T, E) or None.
         grid: of the input tokens; states: each layer's memory before the first segment.
         cache: to update, or None.
         open_segment: (B,) the segment of the grid that is not full at the end; None without a cache.
     """
 
+    input_ids: Tensor
+    inputs_embeds: Tensor | None
     grid: SegmentGrid
     states: tuple[State, ...]
     cache: InfiniCache | None
     open_segment: Tensor | None
 
+    def in_order(self, of_blocks: Sequence[Tensor]) -> Tensor:
+        """Return the blocks' hidden states in the order of the input tokens, (B, T, E), and 0 at padding."""
+        grid, T = self.grid, self.input_ids.shape[1]
+        hidden = grid.from_slots(torch.cat(list(of_blocks), dim=1), T)
+        if grid.incremental:
+            assert grid.slots is not None
+            hidden = hidden.masked_fill((grid.slots == grid.S)[..., None], 0)
+        return hidden
+
 
 class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
     """The model without an output layer."""
+
+    _keys_to_ignore_on_load_unexpected = [
+        *InfiniGPTNeoPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^(lm_head|score)\.weight$",  # of the models with a head
+    ]
 
     def __init__(self, config: InfiniGPTNeoConfig):
         super().__init__(config)
@@ -114,53 +134,89 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         past_key_values: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
         memory_of: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **unknown,
-    ) -> InfiniModelOutput:
+    ) -> InfiniModelOutput | tuple:
         """Return the hidden states of all tokens; for the arguments see `InfiniGPTNeoForCausalLM.forward`."""
         reject_unknown_arguments(unknown)
+        reject_attentions(output_attentions, self.config)
 
         def hidden_alone(hidden: Tensor, slots: slice) -> tuple[Tensor]:
             return (hidden,)
 
         context = self.prepare(
-            input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of
+            input_ids,
+            attention_mask,
+            document_ids,
+            past_key_values,
+            use_cache,
+            use_memory,
+            memory_of,
+            inputs_embeds,
+            position_ids,
+            token_type_ids,
         )
-        outputs, memory = self.run_blocks(input_ids, context, hidden_alone, self)
-        hidden = context.grid.from_slots(torch.cat([hidden for (hidden,) in outputs], dim=1), input_ids.shape[1])
-        return InfiniModelOutput(last_hidden_state=hidden, past_key_values=context.cache, memory=memory)
+        outputs, memory, hidden_states = self.run_blocks(context, hidden_alone, self, output_hidden_states)
+        output = InfiniModelOutput(
+            last_hidden_state=context.in_order([hidden for (hidden,) in outputs]),
+            past_key_values=context.cache,
+            hidden_states=hidden_states,
+            memory=memory,
+        )
+        return as_requested(output, wants_dict(return_dict, self.config))
 
     def prepare(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: InfiniCache | None = None,
         use_cache: bool | None = None,
         use_memory: bool = True,
         memory_of: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> ForwardContext:
-        """Assign the tokens to segments, and look up the memory that they start from."""
-        config, B, device = self.config, input_ids.shape[0], input_ids.device
-        open_segment = None
-        if cache is None and use_cache:
+        """Check the arguments, assign the tokens to segments, and look up the memory that they start from."""
+        tokens = one_of_ids_and_embeds(input_ids, inputs_embeds)
+        check_token_types(token_type_ids)
+        config, B, device = self.config, tokens.shape[0], tokens.device
+        if cache is not None:
+            if not isinstance(cache, InfiniCache):
+                raise ValueError(
+                    f"past_key_values is a {type(cache).__name__}, which holds keys and values of all tokens, and this "
+                    "model keeps an InfiniCache: leave past_key_values away, or pass the one that this model returned"
+                )
+            cache.check(config, B, self.dtype)
+        past = None if cache is None else cache.columns
+        attention_mask = checked_mask(attention_mask, tokens, past)
+        if position_ids is not None:
+            document_ids = documents_of_positions(position_ids, tokens, attention_mask, document_ids, past)
+        if cache is None and self._wants_cache(use_cache):
             cache = InfiniCache(config, B, self.dtype, device)
+        open_segment = None
         if cache is None:
-            grid = build_grid(input_ids, config.segment_length, attention_mask, document_ids)
+            grid = build_grid(tokens, config.segment_length, attention_mask, document_ids)
             rule = get_memory_rule(config.memory_rule)
             empty = rule.empty_state(B, config.num_heads, config.head_dim, memory_dtype(self.dtype), device)
             states = (empty,) * len(self.h)
         else:
             if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            attention_mask = attention_mask[:, -input_ids.shape[1] :]
-            N = 1 if input_ids.shape[1] <= cache.min_free_slots else None
+                attention_mask = torch.ones_like(tokens)
+            N = 1 if tokens.shape[1] <= cache.min_free_slots else None
             grid, open_segment = build_grid_after_cache(
                 cache.open_documents, cache.memory_document, attention_mask, document_ids, cache.packed, N
             )
@@ -169,15 +225,25 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             grid = replace(grid, read_mask=torch.zeros_like(grid.read_mask))
         if memory_of is not None:
             grid = grid.with_memory_of(memory_of)
-        return ForwardContext(grid, states, cache, open_segment)
+        return ForwardContext(tokens, inputs_embeds, grid, states, cache, open_segment)
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.gradient_checkpointing:
+            logger.warning_once(  # type: ignore[attr-defined]
+                "use_cache=True is not possible with gradient checkpointing: use_cache is set to False"
+            )
+            return False
+        return bool(use_cache)
 
     def run_blocks(
         self,
-        input_ids: Tensor,
         context: ForwardContext,
         output: Callable[[Tensor, slice], OutputT],
         module: nn.Module,
-    ) -> tuple[list[OutputT], tuple[State, ...]]:
+        output_hidden_states: bool | None = False,
+    ) -> tuple[list[OutputT], tuple[State, ...], tuple[Tensor, ...] | None]:
         """Run all layers and then `output` on each block of segments, one block after the other.
 
         With gradient checkpointing, nothing of a block, `output` included, is kept for the backward pass but the memory
@@ -187,46 +253,72 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         Args:
             output: gets hidden (B, slots of the block, E) after the last norm, and their slice of the N * S slots.
             module: the module that holds all parameters in use.
+            output_hidden_states: return them; None: if the configuration asks for them.
         Returns:
-            What `output` returned for each block, and each layer's memory after the last block.
+            What `output` returned for each block, each layer's memory after the last block, and the hidden states
+            (B, T, E) of the embeddings and after each layer, or None.
         """
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
         grid, cache, schedule = context.grid, context.cache, self.block_schedule
-        ids = input_ids if grid.incremental else grid.to_slots(input_ids, 0)
+
+        def in_slots(values: Tensor) -> Tensor:
+            return values if grid.incremental else grid.to_slots(values, 0)
+
+        ids = in_slots(context.input_ids)
         blocks = list(grid.split(schedule.block_segments(self.config.segment_length, self.training)))
+        # An incremental call computes its input tokens, which with padding may be more than a segment.
+        ends = [ids.shape[1] if grid.incremental else (first + block.N) * grid.S for first, block in blocks]
+        all_slots = [slice(first * grid.S, end) for (first, _), end in zip(blocks, ends, strict=True)]
+        embeds: list[Tensor] = []
+        if context.inputs_embeds is not None:
+            in_order = in_slots(context.inputs_embeds)
+            embeds = [in_order[:, slots] for slots in all_slots]
         first_leaves, structure = tree_flatten(context.states)
         leaves: tuple[Tensor, ...] = tuple(first_leaves)
 
-        def run_block(index: int, leaves: tuple[Tensor, ...]) -> tuple[OutputT, tuple[Tensor, ...]]:
-            first, block = blocks[index]
+        def run_block(
+            index: int, leaves: tuple[Tensor, ...], block_embeds: Tensor | None
+        ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+            (first, block), slots = blocks[index], all_slots[index]
             if schedule.truncate_blocks and index and index % schedule.truncate_blocks == 0:
                 leaves = tuple(x.detach() for x in leaves)
-            # An incremental call computes its input tokens, which with padding may be more than a segment.
-            slots = slice(first * grid.S, ids.shape[1] if grid.incremental else (first + block.N) * grid.S)
             cached: list[LayerCache | None] = [None] * len(self.h)
             if cache is not None and block.cached_slots is not None:
                 cached = list(cache.layer_caches)
             states = tree_unflatten(list(leaves), structure)
-            hidden, states, keys_values = self.forward_block(ids[:, slots], states, block, cached)
+            hidden_states, states, keys_values = self.forward_block(
+                ids[:, slots], states, block, cached, block_embeds, output_hidden_states
+            )
             if cache is not None:
                 assert context.open_segment is not None
                 cache.store_open_segments(keys_values, context.open_segment - first)
-            return output(hidden, slots), tuple(tree_leaves(states))
+            kept = hidden_states if output_hidden_states else []
+            return (*output(hidden_states[-1], slots), *kept), tuple(tree_leaves(states))
 
+        outputs: list[tuple[Tensor | None, ...]] = []
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
-                raise ValueError("use_cache=True is not possible while training with gradient checkpointing")
-            uses_rng, offload = self.config.has_dropout, schedule.offload_states
-            outputs, leaves = checkpoint_blocks(run_block, len(blocks), leaves, module, uses_rng, offload)
+                raise ValueError("past_key_values are not possible while training with gradient checkpointing")
+            outputs, leaves = checkpoint_blocks(
+                run_block, len(blocks), leaves, module, schedule.offload_states, tuple(embeds)
+            )
         else:
-            outputs = []
             for index in range(len(blocks)):
-                block_output, leaves = run_block(index, leaves)
+                block_output, leaves = run_block(index, leaves, embeds[index] if embeds else None)
                 outputs.append(block_output)
         states = tree_unflatten(list(leaves), structure)
         if cache is not None:
             assert context.open_segment is not None
-            cache.advance(states, grid, context.open_segment, columns=input_ids.shape[1])
-        return outputs, states
+            read = context.input_ids if context.inputs_embeds is None else None
+            cache.advance(states, grid, context.open_segment, context.input_ids.shape[1], read)
+        hidden_states = None
+        if output_hidden_states:
+            count = len(self.h) + 1
+            of_layers = zip(*(block_output[-count:] for block_output in outputs), strict=True)
+            hidden_states = tuple(context.in_order(cast(tuple[Tensor, ...], of_blocks)) for of_blocks in of_layers)
+            outputs = [block_output[:-count] for block_output in outputs]
+        return cast(list[OutputT], outputs), states, hidden_states
 
     def forward_block(
         self,
@@ -234,13 +326,16 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         states: tuple[State, ...],
         grid: SegmentGrid,
         cached: list[LayerCache | None],
-    ) -> tuple[Tensor, tuple[State, ...], list[tuple[Tensor, Tensor]]]:
-        """Run all layers over one block of segments, ids (B, N * S).
+        embeds: Tensor | None = None,
+        keep_hidden: bool = False,
+    ) -> tuple[list[Tensor], tuple[State, ...], list[tuple[Tensor, Tensor]]]:
+        """Run all layers over one block of segments, ids (B, N * S) or their embeddings (B, N * S, E).
 
         Returns:
-            hidden (B, N * S, E); each layer's memory after the block; each layer's keys and values (B, N, H, S, D).
+            hidden (B, N * S, E) after the last norm, and with `keep_hidden` before it those before each layer;
+            each layer's memory after the block; each layer's keys and values (B, N, H, S, D).
         """
-        hidden = self.wte(ids)
+        hidden = self.wte(ids) if embeds is None else embeds
         if self.config.position_embedding == "segment":
             positions = grid.positions(ids.device)
             hidden = hidden + self.wpe(positions if grid.incremental else positions.repeat(grid.N))
@@ -255,13 +350,15 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             else:
                 masks[window] = grid.local_mask(window, ids.device)
         recompute = self.block_schedule.checkpoint_layers and self.training and torch.is_grad_enabled()
-        after, keys_values = [], []
+        all_hidden, after, keys_values = [], [], []
         for layer, state, layer_cache in zip(layers, states, cached, strict=True):
             mask = masks[layer.attention.window]
             run_layer: Callable = layer
             if recompute:
-                run_layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=self.config.has_dropout)
+                run_layer = partial(checkpoint, layer, use_reentrant=False)
+            if keep_hidden:
+                all_hidden.append(hidden)
             hidden, state, layer_keys_values = run_layer(hidden, grid, mask, state, layer_cache)
             after.append(state)
             keys_values.append(layer_keys_values)
-        return self.ln_f(hidden), tuple(after), keys_values
+        return [*all_hidden, self.ln_f(hidden)], tuple(after), keys_values

@@ -1,4 +1,4 @@
-"""Configuration of Infini-GPT-Neo: GPT-Neo's fields and those of the compressive memory."""
+"""The configuration of Infini-GPT-Neo: GPT-Neo's fields and those of the compressive memory."""
 
 import dataclasses
 import inspect
@@ -23,24 +23,26 @@ SCHEDULE_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockSche
 
 
 class InfiniGPTNeoConfig(GPTNeoConfig):
-    """All of `GPTNeoConfig`'s fields, and:
+    """All fields of `GPTNeoConfig`, and those below.
 
     Args:
-        segment_length: tokens in a segment (S): local attention reaches back to the start of its segment, the memory
+        segment_length: tokens in a segment (S). Local attention reaches back to the start of its segment; the memory
             holds all earlier segments.
         memory_rule: name of a registered `MemoryRule`, which writes and reads the memory: "linear" (Munkhdalai et al.
             2024, eq. 4), "delta" (eq. 5, normalized so that it stays bounded whatever the lengths of segments),
             "delta_paper" (eq. 5 as published).
-        position_embedding: "segment": GPT-Neo's learned positions, counted from the start of the segment; "rotary":
+        position_embedding: "segment": GPT-Neo's learned positions, counted from the start of each segment; "rotary":
             rotary positions in local attention, none in the memory.
-        gate_init: start of each head's gate beta; sigmoid(beta) is the share of the memory in the head's output.
+        gate_init: initial value of each head's gate beta; sigmoid(beta) is the weight of the memory in its output.
         rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
 
     Raises:
-        ValueError: a value is outside of what its field allows; the sentence names field, value and remedy.
+        ValueError: a value is invalid; the sentence names field, value and remedy.
     """
 
     model_type = "infini_gpt_neo"
+    # Of an output: the Trainer would gather them over all batches.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "memory"]
 
     def __init__(
         self,
@@ -64,11 +66,11 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self._check()
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        # `from_pretrained(path, segment_length=...)`: transformers would set it after the check of the default.
+    def from_dict(cls, config_dict: dict, **kwargs) -> "InfiniGPTNeoConfig":
+        # For `from_pretrained(path, segment_length=...)`, whose values transformers would set only after the checks.
         _reject_schedule(kwargs)
         given = {name: kwargs.pop(name) for name in inspect.signature(cls.__init__).parameters if name in kwargs}
-        # Files of earlier versions hold the block schedule, which does not change what the model computes.
+        # config.json of earlier versions holds the block schedule, which is not a part of the model.
         fields = {name: value for name, value in config_dict.items() if name not in SCHEDULE_FIELDS}
         return super().from_dict(fields | given, **kwargs)
 
@@ -76,11 +78,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    @property
-    def has_dropout(self) -> bool:
-        return bool(self.resid_dropout or self.embed_dropout or self.attention_dropout)
-
-    def _check(self):
+    def _check(self) -> None:
         if self.segment_length < 1:
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
         if not math.isfinite(self.gate_init):

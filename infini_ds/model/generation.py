@@ -6,6 +6,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from .cache import InfiniCache
+from .configuration import InfiniGPTNeoConfig
 
 
 class InfiniGenerationMixin(GenerationMixin):
@@ -30,25 +31,87 @@ class InfiniGenerationMixin(GenerationMixin):
             generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
         )
 
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """Return what transformers' `generate()` returns, for a prompt with or without a cache.
+
+        Args:
+            past_key_values: an `InfiniCache`. The prompt is all of its tokens and then new ones, as for every model of
+                transformers, or new ones alone.
+            prefill_chunk_size: read the prompt in pieces of so many tokens. The result is the same; `block_schedule`
+                bounds the memory of a long prompt anyway.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, InfiniCache) and ids is not None and cache.columns:
+            cache.check(self.config, ids.shape[0], self.dtype)  # type: ignore[attr-defined]
+            cache.begin_generation(ids)
+        settings = args[0] if args else kwargs.get("generation_config")
+        chunk = kwargs.get("prefill_chunk_size") or getattr(settings or self.generation_config, "prefill_chunk_size", 0)
+        if chunk and ids is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["past_key_values"] = self._read_in_chunks(ids, chunk, kwargs)
+            kwargs["prefill_chunk_size"] = None
+        return super().generate(inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _read_in_chunks(self, ids: Tensor, size: int, kwargs: dict) -> InfiniCache:
+        """Return a cache that has read all tokens of the prompt but the last one."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = InfiniCache(self.config, len(ids), self.dtype, ids.device)  # type: ignore[attr-defined]
+        if kwargs.get("attention_mask") is None:  # as transformers infers it
+            config: InfiniGPTNeoConfig = self.config  # type: ignore[attr-defined]
+            pad, end = config.pad_token_id, config.eos_token_id
+            if pad is not None and pad != end and bool((ids == pad).any()):
+                kwargs["attention_mask"] = (ids != pad).long()
+        while (rest := ids.shape[1] - 1 - cache.get_seq_length()) > 0:
+            read = ids[:, : cache.get_seq_length() + min(size, rest)]
+            given = {name: kwargs.get(name) for name in ("attention_mask", "document_ids", "position_ids")}
+            left = ids.shape[1] - read.shape[1]
+            cut = {name: None if x is None else x[:, : x.shape[1] - left] for name, x in given.items()}
+            step = self.prepare_inputs_for_generation(
+                read, past_key_values=cache, use_memory=kwargs.get("use_memory", True), **cut
+            )
+            self(**step | {"use_cache": True, "logits_to_keep": 1})  # type: ignore[operator]
+        return cache
+
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: InfiniCache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs,
     ) -> dict:
-        """Return the arguments of `forward` for the tokens that the cache has not seen."""
-        done = 0 if past_key_values is None else past_key_values.columns
+        """Return the arguments of `forward` for the tokens that the cache has not read."""
+        done = 0
+        if isinstance(past_key_values, InfiniCache):
+            rows, known = input_ids.shape[0], len(past_key_values.memory_document)
+            if rows != known and rows % known == 0:  # beams, or several texts of one prompt
+                past_key_values.batch_repeat_interleave(rows // known)
+            done = past_key_values.get_seq_length()
+            if done >= input_ids.shape[1] > 0:
+                # The prompt was given as embeddings, or PEFT put virtual tokens before it: the last id is the new one.
+                done = input_ids.shape[1] - 1
+                past_key_values.offset = past_key_values.columns - done
+        new = input_ids.shape[1] - done
+        as_embeds = inputs_embeds is not None and done == 0 and not getattr(past_key_values, "columns", 0)
         if document_ids is not None:  # new tokens belong to the last document of the prompt
             added = input_ids.shape[1] - document_ids.shape[1]
-            document_ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, added)], dim=1)[:, done:]
+            document_ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, max(added, 0))], dim=1)[:, done:]
+        if position_ids is not None:  # those of the prompt; new tokens have none
+            position_ids = position_ids[:, done:] if position_ids.shape[1] == input_ids.shape[1] else None
         return {
-            "input_ids": input_ids[:, done:],
-            "attention_mask": None if attention_mask is None else attention_mask[:, done:],
+            "input_ids": None if as_embeds else input_ids[:, done:],
+            "inputs_embeds": inputs_embeds if as_embeds else None,
+            "attention_mask": attention_mask if attention_mask is None or as_embeds else attention_mask[:, -new:],
             "document_ids": document_ids,
+            "position_ids": position_ids,
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache"),
             "use_memory": kwargs.get("use_memory", True),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
+            "output_hidden_states": kwargs.get("output_hidden_states"),
+            "output_attentions": kwargs.get("output_attentions"),
         }

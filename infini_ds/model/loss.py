@@ -5,7 +5,8 @@ Shapes: R rows (tokens), E width, V vocabulary.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a label that is ignored, as in all of Hugging Face's models
@@ -41,6 +42,40 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _SummedLoss.apply(hidden, weight, targets)
     return torch.stack([_losses(F.linear(h, weight), t).sum() for h, t in _chunks(weight, hidden, targets)]).sum()
+
+
+def plain_weight(layer: nn.Module, hidden: Tensor) -> Tensor | None:
+    """Return the weight of an output layer if the layer computes hidden @ weight.T and nothing else, else None.
+
+    A layer that is wrapped (LoRA), quantized, parametrized or offloaded, or has a bias or a hook, has to be called.
+    """
+    if type(layer) is not nn.Linear or layer.bias is not None or "forward" in vars(layer) or hasattr(layer, "_hf_hook"):
+        return None
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks) or nn.modules.module._has_any_global_hook():
+        return None
+    weight = layer.weight
+    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor):  # quantized or sharded
+        return None
+    plain = weight.ndim == 2 and weight.shape[1] == hidden.shape[-1] and weight.device == hidden.device
+    return weight if plain and weight.is_floating_point() else None
+
+
+def layer_losses(hidden: Tensor, layer: nn.Module, targets: Tensor, vocabulary: int) -> Tensor:
+    """Return `token_losses` (R,) of the logits that the output layer gives when it is called, one chunk at a time.
+
+    Args:
+        hidden: (R, E); targets: (R,); vocabulary: the number of logits, which decides the size of a chunk.
+    """
+
+    def chunk_losses(h: Tensor, t: Tensor) -> Tensor:
+        return _losses(layer(h[None])[0], t)  # (1, R, E): added modules and hooks expect rows of tokens
+
+    rows = chunk_rows(vocabulary)
+    chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
+    return torch.cat([chunk_losses(h, t) for h, t in chunks])
 
 
 def chunk_rows(vocabulary: int) -> int:

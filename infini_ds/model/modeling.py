@@ -9,12 +9,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .base_model import InfiniGPTNeoModel, InfiniGPTNeoPreTrainedModel, reject_unknown_arguments
+from .arguments import reject_attentions, reject_unknown_arguments
+from .base_model import InfiniGPTNeoModel, InfiniGPTNeoPreTrainedModel
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
 from .generation import InfiniGenerationMixin
-from .loss import IGNORE_INDEX, summed_loss, token_losses
-from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput
+from .loss import IGNORE_INDEX, layer_losses, plain_weight, summed_loss, token_losses
+from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput, as_requested, wants_dict
 
 # isort: split
 # An export's code is copied by transformers 4, which follows the direct imports of this file and of configuration.py
@@ -51,7 +52,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
@@ -61,10 +62,16 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         memory_of: Tensor | None = None,
         loss_reduction: str = "mean",
         num_items_in_batch: Tensor | int | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **unknown,
-    ) -> InfiniCausalLMOutput:
+    ) -> InfiniCausalLMOutput | tuple:
         """Return the loss if there are labels, logits, the cache, and each layer's memory.
 
         Args:
@@ -76,41 +83,71 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
             labels: (B, T), usually `input_ids`; shifted in this method. -100 is ignored.
             past_key_values: the cache of an earlier call, whose text `input_ids` continue; `attention_mask` may be of
                 these alone, or of all tokens since the start.
-            use_cache: return a cache. None: only if one is given.
+            use_cache: return a cache. None: if one is given, or as `config.use_cache` says outside of training and
+                without labels. With gradient checkpointing it is set to False in training.
             use_memory: False switches the memory off: local attention alone, whatever the gates.
             memory_of: (B,) the row whose memory each row reads, as it is before the same segment; None: its own. All
                 else stays with the row: its local attention, and what it writes to its own memory.
             loss_reduction: "mean" over the labels that are not ignored, "sum", or "none": (B, T - 1) losses of the next
                 token.
             num_items_in_batch: the denominator of the mean, if these rows are a micro-batch of a batch.
-            logits_to_keep: return logits of the last so many positions only; 0 for all.
-            return_logits: None: yes, except in training with labels, where a sequence's logits are never materialized.
+            logits_to_keep: return logits of the last so many positions only, 0 for all; or a tensor of positions.
+            return_logits: None: yes, except in training with labels, where a sequence's logits are never materialized
+                (a tuple has them always).
+            inputs_embeds: (B, T, E) in place of `input_ids`, as `transformer.wte` gives them.
+            position_ids: (B, T) or (1, T). The model counts its own positions, so those that count tokens are ignored.
+                If they start again from 0 in a row, as TRL packs documents, they give the `document_ids`.
+            token_type_ids: accepted if all are 0, and ignored.
+            output_hidden_states: return those of the embeddings and after each layer. None: as the configuration says.
+            output_attentions: refused, since no attention probabilities exist.
+            return_dict: False: a tuple in the order of transformers, without `memory`. None: as the configuration says.
 
         Raises:
-            ValueError: an unknown loss_reduction, or a cache with gradient checkpointing.
+            ValueError: an argument whose value this model has no meaning for, or a cache of another model or batch, or
+                a cache in training with gradient checkpointing.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
         reject_unknown_arguments(unknown)
+        reject_attentions(output_attentions, self.config)
+        named = wants_dict(return_dict, self.config)
+        if use_cache is None and labels is not None:
+            use_cache = False
         if loss_reduction not in ("mean", "sum", "none"):
             raise ValueError(f"loss_reduction={loss_reduction!r} is not one of mean, sum, none")
         if return_logits is None:
-            return_logits = labels is None or not self.training
+            return_logits = labels is None or not self.training or not named
         context = self.transformer.prepare(
-            input_ids, attention_mask, document_ids, past_key_values, use_cache, use_memory, memory_of
+            input_ids,
+            attention_mask,
+            document_ids,
+            past_key_values,
+            use_cache,
+            use_memory,
+            memory_of,
+            inputs_embeds,
+            position_ids,
+            token_type_ids,
         )
-        grid, T = context.grid, input_ids.shape[1]
+        grid, T = context.grid, context.input_ids.shape[1]
         targets = None if labels is None else grid.shift_labels(labels, IGNORE_INDEX)
 
         def loss_and_hidden(hidden: Tensor, slots: slice) -> tuple[Tensor | None, Tensor | None]:
             loss = None
             if targets is not None:
                 block_targets = targets[:, slots]
-                loss_fn = token_losses if loss_reduction == "none" else summed_loss
-                loss = loss_fn(hidden.flatten(0, 1), self.lm_head.weight, block_targets.flatten())
+                rows, row_targets = hidden.flatten(0, 1), block_targets.flatten()
+                weight = plain_weight(self.lm_head, rows)
+                if weight is None:
+                    loss = layer_losses(rows, self.lm_head, row_targets, self.config.vocab_size)
+                    loss = loss if loss_reduction == "none" else loss.sum()
+                else:
+                    loss = (token_losses if loss_reduction == "none" else summed_loss)(rows, weight, row_targets)
                 loss = loss.view(block_targets.shape) if loss_reduction == "none" else loss
             return loss, hidden if return_logits else None
 
-        outputs, memory = self.transformer.run_blocks(input_ids, context, loss_and_hidden, self)
+        outputs, memory, hidden_states = self.transformer.run_blocks(
+            context, loss_and_hidden, self, output_hidden_states
+        )
         losses, hidden = zip(*outputs, strict=True)
         loss = logits = None
         if targets is not None and loss_reduction == "none":
@@ -120,8 +157,12 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
             if loss_reduction == "mean":
                 loss = loss / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
-            logits = self.lm_head(grid.from_slots(torch.cat(hidden, dim=1), T)[:, -logits_to_keep:])
-        return InfiniCausalLMOutput(loss=loss, logits=logits, past_key_values=context.cache, memory=memory)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(grid.from_slots(torch.cat(hidden, dim=1), T)[:, kept])
+        output = InfiniCausalLMOutput(
+            loss=loss, logits=logits, past_key_values=context.cache, hidden_states=hidden_states, memory=memory
+        )
+        return as_requested(output, named)
 
     def compile_layers(self) -> None:
         """Compile each layer in place. All layers share one compilation; a new shape of a block costs another."""
@@ -146,13 +187,19 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         use_memory: bool = True,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **unknown,
-    ) -> InfiniSequenceClassifierOutput:
+    ) -> InfiniSequenceClassifierOutput | tuple:
         """Return `logits` (B, C), and the mean `loss` if there are labels.
 
         Args:
@@ -164,25 +211,40 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
                 "multi_label_classification". With problem_type None, their number and type decide.
             use_memory: False switches the memory off: local attention alone, whatever the gates.
             num_items_in_batch: the denominator of the mean for single labels, if these rows are a micro-batch.
+            inputs_embeds, position_ids, token_type_ids, output_hidden_states, output_attentions, return_dict: as for
+                `InfiniGPTNeoForCausalLM.forward`.
 
         Raises:
+            ValueError: an argument whose value this model has no meaning for.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
         reject_unknown_arguments(unknown)
-        context = self.transformer.prepare(input_ids, attention_mask, use_memory=use_memory)
-        B, T = input_ids.shape
+        reject_attentions(output_attentions, self.config)
+        context = self.transformer.prepare(
+            input_ids,
+            attention_mask,
+            use_cache=False,
+            use_memory=use_memory,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+        )
+        B, T = context.input_ids.shape
         # Padding has no slot, so a row's tokens fill its slots from the first one on.
-        last = input_ids.new_full((B,), T - 1) if attention_mask is None else attention_mask.bool().sum(1) - 1
+        last = context.input_ids.new_full((B,), T - 1) if attention_mask is None else attention_mask.bool().sum(1) - 1
 
         def last_hidden(hidden: Tensor, slots: slice) -> tuple[Tensor]:
             """Return the last token's hidden state (B, E), 0 where that token is in another block."""
             index = torch.arange(slots.start, slots.stop, device=hidden.device)
             return ((hidden * (index == last[:, None])[..., None]).sum(1),)
 
-        outputs, memory = self.transformer.run_blocks(input_ids, context, last_hidden, self.transformer)
+        outputs, memory, hidden_states = self.transformer.run_blocks(
+            context, last_hidden, self.transformer, output_hidden_states
+        )
         logits = self.score(torch.stack([hidden for (hidden,) in outputs]).sum(0))
         loss = None
         if labels is not None:
             batch_size = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **batch_size)
-        return InfiniSequenceClassifierOutput(loss=loss, logits=logits, memory=memory)
+        output = InfiniSequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, memory=memory)
+        return as_requested(output, wants_dict(return_dict, self.config))

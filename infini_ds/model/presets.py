@@ -1,4 +1,4 @@
-"""Named sizes. GPT-Neo's own shapes from EleutherAI's published configurations; `study-9m` from the TU Delft study."""
+"""Named model sizes: GPT-Neo's from EleutherAI's published configurations, `study-9m` from the TU Delft study."""
 
 from .configuration import InfiniGPTNeoConfig
 
@@ -8,7 +8,7 @@ def _alternating(layers: int) -> list:
 
 
 PRESETS: dict[str, dict] = {
-    # The default of a machine without a GPU.
+    # The default on a machine without a GPU.
     "tiny": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 512},
     "study-9m": {
         "vocab_size": 10_000,
@@ -19,7 +19,7 @@ PRESETS: dict[str, dict] = {
         "max_position_embeddings": 512,
         "position_embedding": "rotary",
     },
-    # The same made small enough for a CPU: layers, heads and the ratio of the inner width are kept.
+    # study-9m reduced for a CPU: layers, heads and the ratio of the inner width are the same.
     "study-tiny": {
         "hidden_size": 128,
         "num_layers": 2,
@@ -37,10 +37,10 @@ PRESETS: dict[str, dict] = {
 
 
 def preset_config(name: str, **overrides) -> InfiniGPTNeoConfig:
-    """The configuration of a preset; `overrides` are fields of `InfiniGPTNeoConfig`.
+    """Return the configuration of a preset; `overrides` are fields of `InfiniGPTNeoConfig`.
 
     Raises:
-        ValueError: there is no such preset, or a field's value is not possible.
+        ValueError: the preset is unknown, or the value of a field is invalid.
     """
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")

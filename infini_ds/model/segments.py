@@ -47,7 +47,7 @@ class SegmentGrid:
     memory_of: Tensor | None = None
 
     def to_slots(self, values: Tensor, fill: int) -> Tensor:
-        """Return (B, T) values of the input tokens in their slots, (B, N * S), and `fill` elsewhere."""
+        """Return (B, T, …) values of the input tokens in their slots, (B, N * S, …), and `fill` elsewhere."""
         return _to_slots(values, self.slots, self.N * self.S, fill)
 
     def from_slots(self, grid: Tensor, T: int) -> Tensor:
@@ -240,9 +240,10 @@ def document_masks(
 
 def _to_slots(values: Tensor, slots: Tensor | None, size: int, fill: int) -> Tensor:
     if slots is None:
-        return F.pad(values, (0, size - values.shape[1]), value=fill)
-    grid = values.new_full((values.shape[0], size + 1), fill)  # the last slot takes the padding
-    return grid.scatter_(1, slots, values)[:, :-1]
+        return F.pad(values, (0, 0) * (values.ndim - 2) + (0, size - values.shape[1]), value=fill)
+    grid = values.new_full((values.shape[0], size + 1, *values.shape[2:]), fill)  # the last slot takes the padding
+    index = slots.view(*slots.shape, *(1,) * (values.ndim - 2)).expand_as(values)
+    return grid.scatter(1, index, values)[:, :-1]
 
 
 def _at_input_tokens(per_slot: Tensor, slots: Tensor) -> Tensor:

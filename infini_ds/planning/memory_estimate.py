@@ -238,7 +238,7 @@ class BlockSearch:
     """Finds the largest blocks that fit into `limit` bytes, for workloads of one model, with few estimates.
 
     Memory grows nearly linearly with the rows times segments of a block, so the search interpolates between what was
-    estimated before. A block that exceeds the limit by more than 1% on that line is not estimated.
+    estimated before. A block that would exceed the limit even if memory grew by a tenth less is not estimated.
     """
 
     def __init__(self, limit: int):
@@ -249,14 +249,16 @@ class BlockSearch:
         """Return the most segments in a block that fit, as the function of this name."""
         fits, fails = 0, min(MAX_BLOCK_SEGMENTS, work.segments) + 1
         while fails - fits > 1:
-            guess = min(max(self._guess() // work.rows, fits + 1), fails - 1)
+            # With all activations kept, memory hardly depends on the block.
+            guess = self._guess() // work.rows if work.checkpointing or not self._points else (fits + fails) // 2
+            guess = min(max(guess, fits + 1), fails - 1)
             estimate = estimate_memory(work.in_blocks_of(guess), sharding)
             self._points.append((guess * work.rows, sum(estimate.computing.values())))
             if estimate.peak > self._limit:
                 fails = guess
                 continue
             fits = guess
-            if len(self._points) > 1 and estimate.peak + work.rows * self._slope() > 1.01 * self._limit:
+            if len(self._points) > 1 and self._points[-1][1] + 0.9 * work.rows * self._slope() > self._limit:
                 break
         return fits or None
 

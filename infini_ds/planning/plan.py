@@ -148,7 +148,7 @@ class Plan:
                 work = replace(work, accumulation=self.run.batch_shape.rows // ranks)
                 segments = self._search.largest_block(work, replace(self.sharding, ranks=ranks))
                 if segments:
-                    yield " ".join([*given, f"model.segments_per_block={segments}", f"plan.gpus={ranks}"])
+                    yield " ".join([*given, f"model.segments_per_block={segments}", f"--gpus {ranks}"])
 
     @cached_property
     def _search(self) -> BlockSearch:

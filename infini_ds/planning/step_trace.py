@@ -1,7 +1,8 @@
 """Trace the memory of a micro-batch: run the real model forward and backward on fake tensors, and read live bytes.
 
-Two shallow models stand for a deep one, since every reading is affine in the number of layers, and a few blocks stand
-for many. `tests/planning/test_step_trace.py` compares with models and rows that run in full.
+Every reading is affine in the number of layers, and in the number of rows once the loss has several chunks. So two
+shallow models stand for a deep one, two small micro-batches for a large one, and a few blocks for many.
+`tests/planning/test_step_trace.py` compares with what runs in full.
 """
 
 import json
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.model.loss import chunk_rows
 from infini_ds.planning.live_bytes import LiveBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Blocks that run in place of more. With checkpointing the first block decides: at its backward pass the gradients of
 # all weights exist. Without, each block adds its activations, and the last of these blocks says how much.
 CHECKPOINTED_BLOCKS, KEPT_BLOCKS = 2, 4
+MANY_TOKENS = 32_768  # of a block, from which on fewer rows run in place of all
 
 
 class Label(NamedTuple):
@@ -145,15 +148,15 @@ def _input_bytes(step: MicroBatch, tokens: int) -> int:
 
 
 def _trace_in_full(step: MicroBatch) -> StepTrace:
-    """Trace all blocks of a micro-batch, and all layers by extrapolation."""
+    """Trace all blocks of a micro-batch, and all layers and rows by extrapolation."""
     config = step.model_config()
     layers, period = config.num_layers, _period(config.attention_layers)
     if layers <= 2 * period:
-        readings, states = run_on_fake_tensors(step)
+        readings, states = _read(step)
         rest = readings
     else:
-        shallow, _ = run_on_fake_tensors(replace(step, config=_with_layers(step.config, period)))
-        rest, states_of_two = run_on_fake_tensors(replace(step, config=_with_layers(step.config, 2 * period)))
+        shallow, _ = _read(replace(step, config=_with_layers(step.config, period)))
+        rest, states_of_two = _read(replace(step, config=_with_layers(step.config, 2 * period)))
         readings, states = deepen(shallow, rest, period, layers), states_of_two * layers // (2 * period)
     computing = [reading for reading in readings.values() if not (reading.taken or reading.elements)]
     reducing = [reading for reading in readings.values() if reading.taken or reading.elements]
@@ -161,6 +164,20 @@ def _trace_in_full(step: MicroBatch) -> StepTrace:
         reducing = _all_at_once(step, max(r.live - r.gradients for r in rest.values() if r.elements))
     reducing.sort(key=lambda reading: (reading.taken, reading.elements > 0))
     return StepTrace(max(computing), tuple(reducing), states)
+
+
+def _read(step: MicroBatch) -> tuple[Readings, int]:
+    """Return readings and bytes of states, of many rows by extrapolation."""
+    config = step.model_config()
+    tokens = (step.schedule.segments_per_block or 1) * min(config.segment_length, step.tokens)
+    few = math.ceil(2 * chunk_rows(config.vocab_size) / tokens)
+    if step.rows * tokens <= MANY_TOKENS or step.rows <= 2 * few:
+        return run_on_fake_tensors(step)
+    less, _ = run_on_fake_tensors(replace(step, rows=few))
+    more, states = run_on_fake_tensors(replace(step, rows=2 * few))
+    times = step.rows / few - 2
+    readings = {label: _line(reading, (times, less[label], reading)) for label, reading in more.items()}
+    return readings, states * step.rows // (2 * few)
 
 
 def _all_at_once(step: MicroBatch, rest: float) -> list[Reading]:
@@ -248,8 +265,8 @@ def _build_model(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> InfiniGPTNeo
 class _Recorder:
     """Reads the live bytes between the events of a model's forward and backward pass.
 
-    The events: the embedding of a block, a layer, and the loss of a block begin; the gradient of the input of a layer
-    or the loss is complete; the gradient of a weight is complete, and ZeRO takes it.
+    The events: the embedding, a layer, or the loss of a block starts, forward or backward; the gradient of a weight is
+    complete, and ZeRO takes it.
     """
 
     def __init__(self, live: LiveBytes, model: InfiniGPTNeoForCausalLM):
@@ -260,10 +277,12 @@ class _Recorder:
         self._taken = 0
         self._begin("start", None)
         body = model.transformer
-        body.wte.register_forward_pre_hook(partial(self._before, "embedding", None))
-        for index, layer in enumerate(body.h):
-            layer.register_forward_pre_hook(partial(self._before, "layer", index))
-        body.ln_f.register_forward_pre_hook(partial(self._before, "loss", None))
+        modules = [("layer", number, layer) for number, layer in enumerate(body.h)]
+        before: tuple[str, int | None] = "embedding", None
+        body.wte.register_forward_pre_hook(lambda *_: self._next("embedding", None))
+        for event, number, module in [*modules, ("loss", None, body.ln_f)]:
+            module.register_forward_pre_hook(partial(self._start, event, number, before))
+            before = event, number
         for name, parameter in model.named_parameters():
             layer_number = int(name.split(".")[2]) if name.startswith("transformer.h.") else None
             event = name if layer_number is None else name.split(".", 3)[3]
@@ -287,10 +306,14 @@ class _Recorder:
         reading = Reading(self._live.peak - self._weights, taken=self._taken)
         self._moments.append((self._live.interval, self._label, reading))
 
-    def _before(self, event: str, layer: int | None, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _start(
+        self, event: str, layer: int | None, before: tuple[str, int | None], _: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> None:
+        """A module starts. The backward pass of the one before starts when the gradient of the input is complete."""
         self._next(event, layer)
-        if inputs[0].requires_grad:
-            inputs[0].register_hook(lambda gradient: self._next(f"{event} backward", layer))
+        hidden = inputs[0]
+        if hidden.requires_grad and not hidden._backward_hooks:  # which a layer that is recomputed has already
+            hidden.register_hook(lambda gradient: self._next(f"{before[0]} backward", before[1]))
 
     def _next(self, event: str, layer: int | None) -> None:
         self._end()

@@ -74,7 +74,7 @@ def unsharded_gradients(trainer: Trainer, step: Step, rng_states: dict) -> dict[
     """
     model, shape, device = trainer.model, trainer.run.batch_shape, trainer.device
     copy = type(model)(trainer.run.model_config).train(model.training)
-    copy.to(device=device, dtype=model.dtype)  # type: ignore[call-arg]  # of transformers' wrapper
+    copy.to(device=device, dtype=model.dtype)
     copy.load_state_dict(model.state_dict())
     copy.block_schedule = model.block_schedule
     if trainer.recipe.model.gradient_checkpointing:

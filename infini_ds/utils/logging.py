@@ -40,7 +40,7 @@ class _RankFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         # Looked up at each message, since a process may log before the environment of Slurm's tasks is completed.
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        record.rank = rank  # type: ignore[attr-defined]
+        record.rank = rank
         return rank == 0 or record.levelno >= logging.WARNING
 
 

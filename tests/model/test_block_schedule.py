@@ -1,10 +1,14 @@
-"""The block schedule: what the model has, what its exported configuration does not, and the bound on long prompts."""
+"""The block schedule: what it must not change, that it is not exported, and the bound on long prompts."""
 
 import json
 
 import pytest
 import torch
-from reference import TINY, random_ids, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import TINY, gradients, random_ids, tiny_model
+from strategies import batches
+from torch.testing import assert_close
 
 from infini_ds.model import (
     BlockSchedule,
@@ -15,6 +19,8 @@ from infini_ds.model import (
 )
 from infini_ds.model.block_schedule import MAX_BLOCK_TOKENS
 
+few = settings(deadline=None, max_examples=25, derandomize=True)
+exact = {"rtol": 1e-9, "atol": 1e-11}
 SCHEDULE = {"segments_per_block": 2, "checkpoint_layers": True, "offload_states": True, "truncate_blocks": None}
 
 
@@ -112,3 +118,39 @@ def test_training_computes_all_segments_at_once_unless_the_schedule_bounds_them(
         computed.clear()
         model(ids, labels=ids)
         assert computed == expected
+
+
+@given(batches(), st.sampled_from([None, 1, 2, 5]), st.booleans(), st.booleans(), st.booleans())
+@few
+def test_no_schedule_changes_loss_or_gradient(batch, segments_per_block, checkpointing, layers, offload):
+    model, ids, mask, documents = batch
+    model.train()
+    want = model(ids, mask, documents, labels=ids, loss_reduction="sum").loss
+    want_gradients = gradients(want, model)
+    model.block_schedule = BlockSchedule(segments_per_block, layers, offload)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    loss = model(ids, mask, documents, labels=ids, loss_reduction="sum").loss
+    assert_close(loss, want, **exact)
+    assert_close(gradients(loss, model), want_gradients, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("truncate_blocks", [1, 2, 3])
+def test_truncated_gradients_equal_those_after_a_cache(truncate_blocks, checkpointing):
+    """The last block's loss has the gradient that it has after a cache of the text before the cut."""
+    S, G, blocks = 4, 2, 4
+    model, ids = tiny_model(segment_length=S, segments_per_block=G).train(), random_ids(2, blocks * G * S)
+    cut = (blocks - 1) // truncate_blocks * truncate_blocks * G * S
+    labels = ids.clone()
+    labels[:, : 1 - G * S] = -100  # predictions inside the last block only
+    with torch.no_grad():
+        cache = model(ids[:, :cut], use_cache=True).past_key_values
+    want = model(ids[:, cut:], past_key_values=cache, labels=labels[:, cut:], loss_reduction="sum").loss
+    want = gradients(want, model)
+    exact_gradients = gradients(model(ids, labels=labels, loss_reduction="sum").loss, model)
+    model.block_schedule = BlockSchedule(G, truncate_blocks=truncate_blocks)
+    model.transformer.gradient_checkpointing = checkpointing
+    got = gradients(model(ids, labels=labels, loss_reduction="sum").loss, model)
+    assert_close(got, want, **exact)
+    assert any((got[name] - exact_gradients[name]).abs().max() > 1e-6 for name in got)

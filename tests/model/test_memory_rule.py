@@ -1,4 +1,4 @@
-"""Memory rules that the project does not know, added as a user adds them: in a file of one's own."""
+"""Memory rules that are not part of the project, added as a user adds them: in a file of their own."""
 
 import json
 
@@ -35,7 +35,7 @@ REFERENCE_RULES["gated_decay"] = write_decayed
 
 @given(batches(max_segments=3, rules=DECAY), st.booleans(), st.booleans())
 @many
-def test_a_new_rule_is_its_reference_under_every_schedule(batch, checkpointing, offload):
+def test_a_new_rule_equals_its_reference_under_every_schedule(batch, checkpointing, offload):
     """Logits, states and all gradients, that of the rule's parameter among them, whatever the blocks and documents."""
     model, ids, mask, documents = batch
     valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
@@ -64,7 +64,7 @@ def test_a_new_rules_parameter_learns_and_changes_the_output():
 
 
 def test_documents_stay_apart_under_a_new_rule():
-    """To the last bit, in fp32: what stands in one document changes no logit of another."""
+    """To the last bit, in fp32: the tokens of one document change no logit of another."""
     model, ids = tiny_model(dtype=torch.float32, memory_rule="gated_decay"), random_ids(1, 22)
     documents = torch.tensor([[0] * 6 + [1] * 1 + [2] * 15])
     other = torch.where(documents == 2, ids, ids % 18 + 1)
@@ -76,8 +76,8 @@ def test_documents_stay_apart_under_a_new_rule():
 
 @given(texts_in_pieces(rules=DECAY))
 @many
-def test_a_new_rule_goes_on_from_a_cache(text):
-    """A text in pieces gives what it gives at once: a segment that stays open does not decay the memory."""
+def test_a_new_rule_continues_from_a_cache(text):
+    """A text in pieces equals the text at once: a segment that stays open does not decay the memory."""
     model, ids, mask, documents, pieces = text
     cache, logits = None, []
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Infini-GPT-Neo the obvious way: one token of one head of one row after the other, as docs/architecture.md states it.
+"""A slow reference of Infini-GPT-Neo for tests: loops over rows, segments, heads and tokens, and tiny models for it.
 
-Slow, for the tests only. Plain tensor operations, so that autograd gives the reference of every gradient too; run it on
-a model in fp64. Shapes: B rows, T tokens, L layers, H heads, S tokens in a segment, D head size, E width, V vocabulary.
+It uses plain tensor operations, so that autograd gives a reference of every gradient too; run it on a model in fp64.
+Shapes: B rows, T tokens, L layers, H heads, S tokens in a segment, D head size, E width, V vocabulary.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCa
 
 @dataclass
 class Memory:
-    """Of one layer and one row: per head M (D, D) and z (D,), and the document that they hold; None while empty."""
+    """One layer's memory of one row: M (D, D) and z (D,) of each head, and their document, None while empty."""
 
     M: list[Tensor]
     z: list[Tensor]
@@ -32,7 +32,7 @@ def reference_forward(
     document_ids: Tensor | None = None,
     use_memory: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, T, V), 0 at padding, and the last memories M (L, B, H, D, D) and z (L, B, H, D)."""
+    """Return logits (B, T, V), 0 at padding and the last memory, M (L, B, H, D, D) and z (L, B, H, D)."""
     config, weights = model.config, dict(model.named_parameters(remove_duplicate=False))
     B, T = input_ids.shape
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -69,7 +69,7 @@ def _segment(
     memories: list[Memory],
     use_memory: bool,
 ) -> list[Tensor]:
-    """Logits of each token of one segment; `memories` go on to the state after it."""
+    """Return the logits of each token of one segment, and update `memories` to the state after it."""
     x = []
     for position, token in enumerate(ids):
         embedding = weights["transformer.wte.weight"][token]
@@ -102,23 +102,23 @@ def _attention(
 ) -> list[Tensor]:
     H = config.num_heads
     D = config.hidden_size // H
-    heads_of = {}
+    heads = {}  # by "q", "k", "v": of each head, of each token
     normed = [_layer_norm(token, w["ln_1.weight"], w["ln_1.bias"], config.layer_norm_epsilon) for token in x]
     for name in ("q", "k", "v"):
         projected = [w[f"attn.attention.{name}_proj.weight"] @ token for token in normed]
-        heads_of[name] = [[token[h * D : (h + 1) * D] for token in projected] for h in range(H)]
+        heads[name] = [[token[h * D : (h + 1) * D] for token in projected] for h in range(H)]
 
     out = []  # of each head, of each token
     for h in range(H):
-        q, k, v = (heads_of[name][h] for name in ("q", "k", "v"))
+        q, k, v = (heads[name][h] for name in ("q", "k", "v"))
         gate = 1 / (1 + torch.exp(-w["attn.attention.beta"][h]))
         tokens = []
         for i in range(len(x)):
-            seen = [j for j in range(i + 1) if documents[j] == documents[i] and i - j < window]
-            scores = torch.stack([_rotated(config, q[i], i) @ _rotated(config, k[j], j) for j in seen])  # scale 1.0
-            shares = torch.exp(scores - scores.max())
-            shares = shares / shares.sum()
-            result = sum(share * v[j] for share, j in zip(shares, seen, strict=True))
+            visible = [j for j in range(i + 1) if documents[j] == documents[i] and i - j < window]
+            scores = torch.stack([_rotated(config, q[i], i) @ _rotated(config, k[j], j) for j in visible])  # scale 1.0
+            weights = torch.exp(scores - scores.max())
+            weights = weights / weights.sum()
+            result = sum(weight * v[j] for weight, j in zip(weights, visible, strict=True))
             if use_memory and memory.document == documents[i]:
                 phi_q = _phi(q[i])
                 retrieved = (phi_q @ memory.M[h]) / (phi_q @ memory.z[h])
@@ -126,7 +126,7 @@ def _attention(
             tokens.append(result)
         out.append(tokens)
 
-    # The write comes after every read, and is the last document's alone.
+    # The segment is written after all reads, and only its last document.
     last = documents[-1]
     if memory.document != last:
         memory.M = [torch.zeros_like(M) for M in memory.M]
@@ -135,7 +135,7 @@ def _attention(
     rule = REFERENCE_RULES[config.memory_rule]
     parameters = {name.removeprefix(PARAMETERS): weight for name, weight in w.items() if name.startswith(PARAMETERS)}
     for h in range(H):
-        written = [(_phi(heads_of["k"][h][i]), heads_of["v"][h][i]) for i in range(len(x)) if documents[i] == last]
+        written = [(_phi(heads["k"][h][i]), heads["v"][h][i]) for i in range(len(x)) if documents[i] == last]
         memory.M[h], memory.z[h] = rule(memory.M[h], memory.z[h], written, parameters, h)
 
     joined = [torch.cat([out[h][i] for h in range(H)]) for i in range(len(x))]
@@ -165,7 +165,7 @@ def _write_delta(
     return M, z_after
 
 
-# How one head's M and z change by a segment; a test of another rule adds its own.
+# (M, z, written tokens, the rule's parameters, head) -> M and z of one head after a segment. Tests may add a rule.
 REFERENCE_RULES: dict[str, Write] = {
     "linear": _write_linear,
     "delta": partial(_write_delta, bounded=True),
@@ -178,7 +178,7 @@ def _phi(x: Tensor) -> Tensor:
 
 
 def _rotated(config: InfiniGPTNeoConfig, x: Tensor, position: int) -> Tensor:
-    """Each pair (x[i], x[i + D/2]) turned by position * base^(-2i/D), the angle in fp32."""
+    """Return x with each pair (x[i], x[i + D/2]) rotated by position * base^(-2i/D), the angle in fp32."""
     if config.position_embedding != "rotary":
         return x
     D = len(x)
@@ -205,14 +205,15 @@ def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tens
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> InfiniGPTNeoForCausalLM:
-    """A model of two layers, one of each kind, whose every weight is random and large enough to matter; evaluating.
+    """Return a model in eval mode with two layers, one of each kind, and large random weights.
 
-    `fields` of InfiniGPTNeoConfig or BlockSchedule.
+    `fields`: of InfiniGPTNeoConfig or BlockSchedule. The forward pass returns no cache by default.
     """
     torch.manual_seed(seed)
     schedule, fields = split_schedule(fields)
     model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig(**(TINY | fields)))
     model.block_schedule = schedule
+    model.config.use_cache = fields.get("use_cache", False)  # generate() has a setting of its own
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ln_" not in name or name.endswith("bias"):
@@ -222,8 +223,13 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields) -> I
     return model.to(dtype).eval()
 
 
+def writer(**fields) -> InfiniGPTNeoForCausalLM:
+    """Return a tiny model whose greedy text varies: with tied embeddings a random model repeats one token."""
+    return tiny_model(seed=26, tie_word_embeddings=False, **fields)
+
+
 def gradients(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
-    """The gradient of every parameter by name, 0 where the loss does not depend on it."""
+    """Return the gradient of every parameter by name, 0 where the loss does not depend on it."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
@@ -251,5 +257,5 @@ TINY = {
 
 
 def random_ids(B: int, T: int, seed: int = 0) -> Tensor:
-    """(B, T) tokens of the tiny model, none of them 0, which is its end of text."""
+    """Return (B, T) random tokens of the tiny model, without 0, its end-of-text token."""
     return torch.randint(1, TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
