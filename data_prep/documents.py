@@ -5,6 +5,18 @@ from typing import Any, NamedTuple
 
 from infini_ds.utils.errors import UserError
 
+# What a file that begins with these bytes is, if it was taken for text.
+KINDS_OF_FILES = {
+    b"\xff\xfe": "it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"\x1f\x8b": "it is compressed with gzip: unpack it, or for jsonl: give it a name in .gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it, or for jsonl: give it a name in .zst",
+    b"BZh": "it is compressed with bzip2: unpack it, or for jsonl: give it a name in .bz2",
+    b"PAR1": "it is a Parquet file: use --source parquet:FILES",
+    b"%PDF": "it is a PDF: extract its text first",
+    b"PK": "it is a zip archive: unpack it",
+}
+
 
 class Document(NamedTuple):
     """One text.
@@ -55,9 +67,10 @@ def decode(name: str, data: bytes, bad_utf8: str, offset: int = 0) -> Document:
         return Document(name, data.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         if bad_utf8 == "error":
+            kind = next((f"{what}; " for start, what in KINDS_OF_FILES.items() if data.startswith(start)), "")
             raise UserError(
                 f"--bad-utf8 error: {name} is not UTF-8 at byte {offset + error.start}; "
-                "repair it, or pass --bad-utf8 replace or skip"
+                f"{kind}repair it, or pass --bad-utf8 replace or skip"
             ) from None
     if bad_utf8 == "skip":
         return Document(name, None)

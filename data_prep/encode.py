@@ -1,5 +1,6 @@
 """Documents to token ids in several processes, in order, with a bounded number of documents in memory."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,18 +14,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from data_prep.documents import Document
 from data_prep.splits import Split
-from data_prep.text_chunks import can_split, split_text
+from data_prep.text_chunks import Splitter, find_splitter
 from infini_ds.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
 BATCH_CHARACTERS = 1 << 19  # that are sent to a process at once, at least
+LARGE_CHUNK = 1 << 24  # characters
+BYTES_PER_CHARACTER = 120  # of memory that `tokenizers` needs
 PIECE_OVERHEAD = 100  # characters that a piece counts for besides its own, so that a batch has not a million of them
 
 # Of a tokenizing process, set once as it starts.
 _tokenizer: Tokenizer
+_later_tokenizer: Tokenizer | None  # of all chunks of a document but the first, if it is another one
 _start: np.ndarray
 
 
@@ -70,9 +75,10 @@ def encode_documents(
     Raises:
         UserError: a process was killed from outside, as happens if a machine is short of memory.
     """
-    batches = _batches(_pieces(documents, can_split(tokenizer_json.read_text())))
+    splitter = find_splitter(tokenizer_json.read_text())
+    batches = _batches(_pieces(documents, splitter))
     waiting: deque[tuple[list[Piece], Future[list[Tokens]]]] = deque()
-    with _tokenizing_processes(tokenizer_json, start_id, workers) as pool:
+    with _tokenizing_processes(tokenizer_json, splitter, start_id, workers) as pool:
         try:
             for batch in batches:
                 waiting.append((batch, _submit(pool, batch)))
@@ -87,11 +93,16 @@ def encode_documents(
             ) from error
 
 
-def _pieces(documents: Iterable[tuple[Split, Document]], splits_texts: bool) -> Iterator[Piece]:
+def _pieces(documents: Iterable[tuple[Split, Document]], splitter: Splitter | None) -> Iterator[Piece]:
     for split, document in documents:
         assert document.text is not None, "documents without text are left out before"
-        is_split = splits_texts and document.answers is None
-        for index, chunk in enumerate(split_text(document.text) if is_split else [document.text]):
+        chunks = [document.text] if splitter is None or document.answers is not None else splitter.split(document.text)
+        for index, chunk in enumerate(chunks):
+            if len(chunk) > LARGE_CHUNK:
+                logger.warning(
+                    f"{document.name} has {len(chunk):,} characters that this tokenizer takes at once, for which a "
+                    f"process needs about {len(chunk) * BYTES_PER_CHARACTER / 2**30:.0f} GiB of memory"
+                )
             yield Piece(split, index == 0, chunk, document.answers)
 
 
@@ -114,11 +125,15 @@ def _collect(batch: list[Piece], future: Future[list[Tokens]]) -> Iterator[Encod
 
 
 @contextmanager
-def _tokenizing_processes(tokenizer_json: Path, start_id: int, workers: int) -> Iterator[ProcessPoolExecutor]:
+def _tokenizing_processes(
+    tokenizer_json: Path, splitter: Splitter | None, start_id: int, workers: int
+) -> Iterator[ProcessPoolExecutor]:
     # spawn, since `tokenizers` has threads by now, and a forked copy of a locked lock is never released. An executor,
     # and not a multiprocessing.Pool, which waits forever if one of its processes is killed.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_process, (str(tokenizer_json), start_id))
+    first = tokenizer_json.read_text()
+    later = first if splitter is None else splitter.later_chunks
+    pool = ProcessPoolExecutor(workers, context, _start_process, (first, None if later == first else later, start_id))
     try:
         yield pool
     finally:
@@ -137,16 +152,26 @@ def _submit(pool: ProcessPoolExecutor, batch: list[Piece]) -> Future[list[Tokens
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_process(tokenizer_json: str, start_id: int) -> None:
-    """Prepare a tokenizing process."""
+def _start_process(tokenizer_json: str, later_chunks: str | None, start_id: int) -> None:
+    """Prepare a tokenizing process.
+
+    Args:
+        later_chunks: as in `Splitter`, if they have a tokenizer of their own.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process; `tokenizers` reads this at every call
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    global _tokenizer, _start
-    _tokenizer = Tokenizer.from_file(tokenizer_json)
-    _tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
-    _tokenizer.no_truncation()
-    _tokenizer.no_padding()
+    global _tokenizer, _later_tokenizer, _start
+    _tokenizer = _plain_tokenizer(tokenizer_json)
+    _later_tokenizer = None if later_chunks is None else _plain_tokenizer(later_chunks)
     _start = np.array([start_id], np.uint32)
+
+
+def _plain_tokenizer(tokenizer_json: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _exit_with_parent() -> None:
@@ -159,11 +184,23 @@ def _exit_with_parent() -> None:
 
 def _encode_batch(batch: list[tuple[bool, str, list[tuple[int, int]] | None]]) -> list[Tokens]:
     """Tokenize (starts, text, answers) of pieces, in a tokenizing process."""
-    # The fast form keeps no offsets.
-    encode = _tokenizer.encode_batch if any(answers for *_, answers in batch) else _tokenizer.encode_batch_fast
-    encodings = encode([text for _, text, _ in batch], add_special_tokens=False)
+
+    def encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
+        # The fast form keeps no offsets.
+        keep_offsets = any(answers for *_, answers in batch)
+        return (tokenizer.encode_batch if keep_offsets else tokenizer.encode_batch_fast)(
+            texts, add_special_tokens=False
+        )
+
+    if _later_tokenizer is None:
+        encodings = iter(encode(_tokenizer, [text for _, text, _ in batch]))
+        following = encodings
+    else:
+        encodings = iter(encode(_tokenizer, [text for starts, text, _ in batch if starts]))
+        following = iter(encode(_later_tokenizer, [text for starts, text, _ in batch if not starts]))
     results = []
-    for (starts, text, answers), encoding in zip(batch, encodings, strict=True):
+    for starts, text, answers in batch:
+        encoding = next(encodings if starts else following)
         ids = np.array(encoding.ids, np.uint32)
         loss_mask = None if answers is None else answer_mask(encoding.offsets, answers)
         if starts:

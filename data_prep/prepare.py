@@ -7,9 +7,12 @@ The folder holds tokenizer/, train/, validation/ and manifest.json.
 """
 
 import errno
+import logging
+import math
 import os
 import time
 from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
 
 from data_prep.atomic_dir import LOCK, build_folder
@@ -18,7 +21,7 @@ from data_prep.manifest import FORMAT_VERSION, NAME, Manifest, load_manifest, pa
 from data_prep.options import PrepareOptions, cache_key_options, check_options
 from data_prep.packing import token_dtype
 from data_prep.shards import split_writer
-from data_prep.splits import SkipCounts, split_documents, training_texts, validation_hashes
+from data_prep.splits import DrawnShares, SkipCounts, split_documents, training_texts, validation_hashes
 from data_prep.tokenizer import (
     TokenizerInfo,
     load_tokenizer,
@@ -31,6 +34,7 @@ from infini_ds.utils.progress import ProgressBar
 
 __all__ = ["Manifest", "PrepareOptions", "load_manifest", "prepare", "summary"]
 
+logger = logging.getLogger(__name__)
 ENTRIES = {"tokenizer", "train", "validation", NAME, LOCK}
 
 
@@ -44,7 +48,7 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Manifest:
         UserError: the user can repair it. `out` is then as it was.
     """
     check_options(options)
-    out = Path(options.out).resolve()  # a link is kept, and what it points to is written
+    out = Path(options.out).expanduser().resolve()  # a link is kept, and what it points to is written
     replace = False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         finished = _find_finished(out, options)
@@ -95,10 +99,14 @@ def _find_finished(out: Path, options: PrepareOptions) -> Manifest | None:
 def _differences(manifest: Manifest, options: PrepareOptions) -> str:
     """Return the options that differ, as text; empty if none does."""
     return ", ".join(
-        f"--{name.replace('_', '-')} {manifest.options.get(name)} there, {value} here"
+        f"--{name.replace('_', '-')} {_given(manifest.options.get(name))} there, {_given(value)} here"
         for name, value in cache_key_options(options).items()
         if manifest.options.get(name) != value
     )
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _build(options: PrepareOptions, folder: Path, progress: ProgressBar) -> Manifest:
@@ -116,7 +124,8 @@ def _build(options: PrepareOptions, folder: Path, progress: ProgressBar) -> Mani
         split_writer(folder / "validation", *shape, options.has_loss_mask) as validation,
     ):
         writers = {"train": train, "validation": validation}
-        documents = split_documents(options, held_out, skipped)
+        shares = DrawnShares()
+        documents = split_documents(options, held_out, skipped, shares)
         tokenizer_json = folder / "tokenizer" / "tokenizer.json"
         workers = options.workers or os.cpu_count() or 1
         progress.phase("tokenizing")
@@ -126,7 +135,12 @@ def _build(options: PrepareOptions, folder: Path, progress: ProgressBar) -> Mani
                 writers[piece.split].add(piece)
                 number += piece.starts
                 progress.advance({"documents": f"{number:,}"}, by=len(piece.ids))
-        _check_splits_filled(options, train.counts.documents, validation.counts.documents, skipped)
+        _check_splits_filled(options, train.counts.documents, validation.counts.documents, skipped, shares)
+    if shares.divided:
+        logger.info(
+            f"the source is one document, so its last {options.validation_fraction:.2g} is the validation document; "
+            "--document-separator divides a file into several documents"
+        )
 
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -157,24 +171,54 @@ def _make_tokenizer(
         return save_tokenizer(make_word_tokenizer(vocabulary), folder, "words")
     progress.phase("training the tokenizer")
     texts = training_texts(options, held_out)
-    return save_tokenizer(train_tokenizer(texts, options.vocab_size, options.tokenizer_bytes), folder, "trained")
+    first = list(islice(texts, 1))
+    if not first:
+        _check_text_to_train_on(options, held_out)
+    return save_tokenizer(
+        train_tokenizer(chain(first, texts), options.vocab_size, options.tokenizer_bytes), folder, "trained"
+    )
 
 
-def _check_splits_filled(options: PrepareOptions, train: int, validation: int, skipped: SkipCounts) -> None:
+def _check_text_to_train_on(options: PrepareOptions, held_out: frozenset[int] | None) -> None:
+    """Raise a UserError if no document is left to train a tokenizer on."""
+    skipped, shares, number = SkipCounts(), DrawnShares(), {"train": 0, "validation": 0}
+    for split, _ in split_documents(options, held_out, skipped, shares):
+        number[split] += 1
+    if not number["train"]:
+        _check_splits_filled(options, 0, number["validation"], skipped, shares)
+
+
+def _check_splits_filled(
+    options: PrepareOptions, train: int, validation: int, skipped: SkipCounts, shares: DrawnShares
+) -> None:
     """Raise a UserError if a split has no document."""
     left_out = f"{skipped.empty} empty, {skipped.undecodable} undecodable, {skipped.duplicates} also in validation"
     if not train and not validation:
         raise UserError(f"--source {options.source}: it has no documents ({left_out}); choose a source with text in it")
     if not train:
-        raise UserError(f"--source {options.source}: no document is left to train on ({left_out}); give more documents")
+        if options.separate_validation:
+            raise UserError(
+                f"--source {options.source}: no document is left to train on ({left_out}); give more documents"
+            )
+        raise UserError(_other_fraction(options, f"all {validation} documents were chosen for validation", shares))
     if not validation and options.separate_validation:
         read = options.validation
         raise UserError(f"{read.option} {read.source} (split {read.split}): it has no documents; name one that has")
     if not validation:
-        raise UserError(
-            f"--validation-fraction {options.validation_fraction}: none of the {train} documents was chosen for "
-            "validation; pass a larger share, or --validation-source"
-        )
+        raise UserError(_other_fraction(options, f"none of the {train} documents was chosen for validation", shares))
+
+
+def _other_fraction(options: PrepareOptions, problem: str, shares: DrawnShares) -> str:
+    """Return the sentence for a --validation-fraction that gives a split no document, with one that works."""
+    begin = f"--validation-fraction {options.validation_fraction}: {problem}"
+    # The smallest that holds a document out, in three digits; it leaves one to train on if it is below the largest.
+    fraction = float(f"{shares.smallest:.3g}")
+    fraction = fraction if fraction > shares.smallest else fraction + 10.0 ** math.floor(math.log10(fraction) - 2)
+    if fraction > shares.largest or fraction >= 1:
+        fraction = (shares.smallest + shares.largest) / 2
+    if not shares.smallest < fraction <= shares.largest:
+        return f"{begin}, and all have the same text; give other documents, or --validation-source"
+    return f"{begin}; pass {fraction:.15g}, or --validation-source"
 
 
 def _as_user_error(error: Exception, out: Path) -> Exception:

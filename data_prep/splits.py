@@ -1,7 +1,11 @@
-"""Which documents are trained on and which are held out. The same text is always in the same split."""
+"""Which documents are trained on and which are held out. The same text is always in the same split.
+
+A source of one document gives its end for validation.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal
 
 import xxhash
@@ -11,6 +15,7 @@ from data_prep.options import PrepareOptions
 from data_prep.sources import read_documents
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
 @dataclass
@@ -54,18 +59,34 @@ def validation_hashes(options: PrepareOptions) -> frozenset[int] | None:
     return frozenset(text_hash(text) for _, text in kept_documents(options.validation, SkipCounts()))
 
 
+@dataclass
+class DrawnShares:
+    """What the shares that were drawn for the documents of a source say about --validation-fraction.
+
+    Attributes:
+        smallest, largest: of the shares, from 0 to 1: a document is held out if its share is below the fraction.
+        divided: the source is one document, and its end is held out.
+    """
+
+    smallest: float = 1.0
+    largest: float = 0.0
+    divided: bool = False
+
+
 def split_documents(
-    options: PrepareOptions, held_out: frozenset[int] | None, skipped: SkipCounts
+    options: PrepareOptions,
+    held_out: frozenset[int] | None,
+    skipped: SkipCounts,
+    shares: DrawnShares | None = None,
 ) -> Iterator[tuple[Split, Document]]:
     """Yield every document with its split, in the order of its source.
 
     Args:
         held_out: as `validation_hashes` returns it.
+        skipped, shares: are updated.
     """
     if held_out is None:
-        bound = options.validation_fraction * 2**64
-        for document, text in kept_documents(options.training, skipped):
-            yield ("validation" if text_hash(text) < bound else "train"), document
+        yield from _draw_validation(options, skipped, shares or DrawnShares())
         return
     for document, _ in kept_documents(options.validation, skipped):
         yield "validation", document
@@ -74,6 +95,42 @@ def split_documents(
             skipped.duplicates += 1
         else:
             yield "train", document
+
+
+def _draw_validation(
+    options: PrepareOptions, skipped: SkipCounts, shares: DrawnShares
+) -> Iterator[tuple[Split, Document]]:
+    documents = kept_documents(options.training, skipped)
+    first = list(islice(documents, 2))
+    if len(first) == 1 and (parts := _divide(first[0][0], first[0][1], options.validation_fraction)) is not None:
+        shares.divided = True
+        yield from zip(SPLITS, parts, strict=True)
+        return
+    bound = options.validation_fraction * 2**64
+    for document, text in chain(first, documents):
+        drawn = text_hash(text)
+        shares.smallest = min(shares.smallest, drawn / 2**64)
+        shares.largest = max(shares.largest, drawn / 2**64)
+        yield ("validation" if drawn < bound else "train"), document
+
+
+def _divide(document: Document, text: str, fraction: float) -> tuple[Document, Document] | None:
+    """Return a document without its end, and its end: about `fraction` of it, beginning with a line if possible.
+
+    None if a part would have no text, or if parts of the document are answers.
+    """
+    cut = round(len(text) * (1 - fraction))
+    # Of the places that may be better, the last one in a stretch before the cut that is as long as what follows it.
+    nearest = max(0, 2 * cut - len(text))
+    for boundary in ("\n", " "):
+        found = text.rfind(boundary, nearest, cut)
+        if found >= 0 and text[: found + 1].strip():
+            cut = found + 1
+            break
+    before, after = text[:cut], text[cut:]
+    if document.answers is not None or not before.strip() or not after.strip():
+        return None
+    return document._replace(text=before), document._replace(text=after)
 
 
 def training_texts(options: PrepareOptions, held_out: frozenset[int] | None) -> Iterator[str]:

@@ -4,6 +4,7 @@ transformers is imported inside the functions, since it takes seconds and the pr
 """
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_prep.text_chunks import split_text
 from infini_ds.utils.errors import UserError, first_line
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+LONGEST_TRAINING_WORD = 256  # bytes
+LONGEST_TRAINING_CHUNK = 1 << 20  # characters of a text without a place where it may be split
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, byte_limit: int) -> "
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    chunks = (chunk for text in _limit_bytes(texts, byte_limit) for chunk in split_text(text))
+    # Each merge walks through the words that have it, so training on words of a million bytes would not end. Words are
+    # cut in training alone: the tokenizer that is saved has GPT-2's pattern, unchanged.
+    complete = tokenizer.pre_tokenizer
+    cut_words = pre_tokenizers.Split(Regex(f"[\\s\\S]{{{LONGEST_TRAINING_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([complete, cut_words])
+    chunks = (chunk for text in _limit_bytes(texts, byte_limit) for chunk in split_text(text, LONGEST_TRAINING_CHUNK))
     _train_interruptibly(tokenizer, chunks, trainer)
+    tokenizer.pre_tokenizer = complete
     trained = tokenizer.get_vocab_size()
     if trained < vocab_size:
         raise UserError(
@@ -123,6 +132,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: it cannot be loaded, is not a fast one, or has neither a begin nor an end token.
     """
+    name = os.path.expanduser(name)
     folder = Path(name)
     if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
         return _load_bare_folder(folder)

@@ -29,6 +29,7 @@ from infini_ds.benchmarks.tables import generation_table, profile_table, trainin
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--generation", action="store_true", help="measure generation instead of training")
     kind.add_argument("--profile", action="store_true", help="show the share of each operator in a training step")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for measurements and plot")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("runs/benchmark"), help="folder for measurements and plot"
+    )
     args = parser.parse_args()
     for name in ("lengths", "segment_length", "width", "layers", "heads", "vocabulary", "steps", "rounds"):
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:

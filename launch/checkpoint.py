@@ -22,6 +22,7 @@ from infini_ds.checkpoint.manifest import (
 )
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 
 MIB = 2**20
 
@@ -29,10 +30,14 @@ MIB = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | inspect | verify")
-    commands.add_parser("list", help="list the checkpoints of a run").add_argument("path", type=Path, metavar="RUN")
-    commands.add_parser("inspect", help="show what one holds").add_argument("path", type=Path, metavar="CHECKPOINT")
+    commands.add_parser("list", help="list the checkpoints of a run").add_argument(
+        "path", type=user_path, metavar="RUN"
+    )
+    commands.add_parser("inspect", help="show what one holds").add_argument(
+        "path", type=user_path, metavar="CHECKPOINT"
+    )
     verify = commands.add_parser("verify", help="read every file and compare its SHA-256")
-    verify.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    verify.add_argument("path", type=user_path, metavar="RUN_OR_CHECKPOINT")
     args = parser.parse_args()
     {"list": list_checkpoints, "inspect": inspect_checkpoint, "verify": verify_checkpoints}[args.command](args.path)
 

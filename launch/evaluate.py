@@ -1,5 +1,6 @@
 """Evaluate a model: one command, one evaluation.json, one table and one plot for each task.
 
+python launch/evaluate.py                                        the newest run
 python launch/evaluate.py runs/tiny                              a run, one of its checkpoints, or an exported folder
 python launch/evaluate.py gpt2 --tasks blimp --blimp BLIMP/data  any causal model of Hugging Face, as a baseline
 torchrun --nproc-per-node 8 launch/evaluate.py runs/tiny         split across ranks; deepspeed and srun work as well
@@ -8,12 +9,13 @@ Finished parts are cached in the folder of the results and not computed again.
 """
 
 import argparse
+import os
 import shlex
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
+from infini_ds.conversion.locate import newest_run
 from infini_ds.distributed import collectives
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads, shutdown
@@ -22,14 +24,16 @@ from infini_ds.evaluation.model_loading import load_evaluated_model
 from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.task import TASKS, EvaluationContext, integer
 from infini_ds.utils.errors import UserError, did_you_mean
+from infini_ds.utils.paths import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", help="an export, a run, a checkpoint, or the folder or hub name of a causal model")
+    what = "an export, a run, a checkpoint, or the folder or hub name of a causal model (default: the newest run)"
+    add("model", nargs="?", type=os.path.expanduser, help=what)
     add("--tasks", nargs="+", default=["position"], metavar="TASK", help=f"{', '.join(TASKS)} (default: position)")
-    add("--out", type=Path, help="folder of the results (default: evaluation/ in the folder of the model)")
+    add("--out", type=user_path, help="folder of the results (default: evaluation/ in the folder of the model)")
     add("--seed", type=integer("--seed", 0), default=0, help="of random draws in all tasks (default: %(default)s)")
     add("--limit", type=integer("--limit", 0), default=0, help="examples of each data set, 0 for all (default: all)")
     add(
@@ -54,7 +58,8 @@ def main() -> None:
     environment = detect_environment()
     set_cpu_threads(environment)
     collectives.init_gloo(environment)
-    model = load_evaluated_model(args.model, environment.device)
+    name = args.model or str(collectives.broadcast_from_rank_zero(newest_run))
+    model = load_evaluated_model(name, environment.device)
     folder = args.out or model.results_folder
     context = EvaluationContext(
         cache=ResultCache(folder, model.cache_key),

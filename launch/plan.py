@@ -1,7 +1,8 @@
 """Plan a run before a GPU is asked for: memory of a rank by part, FLOPs, days, and which blocks fit.
 
-python launch/plan.py --config launch/recipes/1.3b.yaml [key=value ...] [--gpu a100-80g] [--gpus 8]
+python launch/plan.py [--config launch/recipes/1.3b.yaml] [key=value ...] [--gpu a100-80g] [--gpus 8]
 
+Without --config and a batch (batch.rows or batch.tokens) it plans the recipe that fits this machine's hardware.
 Needs no GPU, and no prepared data if --sequence-length (or plan.sequence_length of the recipe) is given. Exits with 1
 if a step does not fit.
 """
@@ -12,8 +13,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from infini_ds.config.default_recipe import load_recipe_or_default, needs_default, with_data_to_prepare
 from infini_ds.config.lr_schedule import gate_reach
-from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.planning.hardware import GPUS
 from infini_ds.planning.memory_estimate import HEADROOM
@@ -34,7 +35,10 @@ def main() -> None:
     flags = [f"plan.{name}={value}" for name, value in given.items() if value is not None]
     if args.gpu and args.memory is None:
         flags.append("plan.memory=null")
-    plan = make_plan(load_recipe(args.config, [*args.overrides, *flags]))
+    recipe = load_recipe_or_default(args.config, [*args.overrides, *flags])
+    if needs_default(args.config, args.overrides):
+        recipe = with_data_to_prepare(recipe)
+    plan = make_plan(recipe)
     console = Console(highlight=False)
     console.print(summary_table(plan))
     console.print(memory_table(plan))

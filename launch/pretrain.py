@@ -1,6 +1,9 @@
 """Train a model from a recipe.
 
-deepspeed launch/pretrain.py --config launch/recipes/tiny-cpu.yaml [key=value ...]
+deepspeed launch/pretrain.py [--config launch/recipes/tiny-cpu.yaml] [key=value ...]
+
+Without --config and a batch (batch.rows or batch.tokens) it takes the recipe that fits the hardware, tiny-gpu or
+tiny-cpu, and prepares that recipe's data if they are not there.
 
 Also under `torchrun`, `srun`, or with `python` as one process. SIGTERM, SIGUSR1 and Ctrl-C stop it after the current
 step, with a checkpoint and exit code 75: resume with the same command.
@@ -16,7 +19,7 @@ shutdown = GracefulShutdown()
 if __name__ == "__main__":
     shutdown.listen()  # before the imports that take seconds
 
-from infini_ds.config.recipe import load_recipe
+from infini_ds.config.default_recipe import load_recipe_or_default, needs_default, prepare_default_data
 from infini_ds.config.resolve import resolve
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads
@@ -27,12 +30,14 @@ from infini_ds.utils.run_lock import acquire_run_lock
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a recipe, such as launch/recipes/tiny-cpu.yaml")
+    parser.add_argument("--config", help="a recipe, such as launch/recipes/tiny-cpu.yaml (default: see above)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     environment = detect_environment()
-    recipe = load_recipe(args.config, args.overrides)
+    recipe = load_recipe_or_default(args.config, args.overrides)
+    if needs_default(args.config, args.overrides):
+        prepare_default_data(recipe, environment)
     set_cpu_threads(environment)
     run = resolve(recipe, environment)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from infini_ds.config.default_recipe import DATA, PREPARE, default_recipe
 from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import free_port
@@ -20,8 +21,6 @@ from infini_ds.distributed.signal_relay import run_graceful
 from infini_ds.distributed.signals import STOPPED_EARLY
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = "data/stdlib"
-SOURCE = ["--source", "stdlib", "--sequence-length", "2048", "--vocab-size", "4096"]
 
 
 def main() -> None:
@@ -31,11 +30,11 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)
     gpus = torch.cuda.device_count()
-    config = args.config or f"launch/recipes/tiny-{'gpu' if gpus else 'cpu'}.yaml"
+    config = args.config or str(default_recipe())
     recipe = load_recipe(config, args.overrides)
 
     if recipe.data.path == DATA:  # other data is prepared by the user, with options of their own
-        run_step("text to shards", ["-m", "data_prep", *SOURCE, "--out", DATA])
+        run_step("text to shards", PREPARE)
     # Not by the `deepspeed` command, whose first line breaks if the environment's path has a space. Its own log is
     # hidden, since the ranks print what is wrong.
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus or 1), "--master_port", free_port()]

@@ -1,4 +1,4 @@
-"""Write the report of a run: python launch/report.py runs/tiny
+"""Write the report of a run: python launch/report.py [runs/tiny]
 
 Evaluates the run's newest checkpoint with the memory on and off, writes report.md with its plots to the run's folder,
 and prints it.
@@ -6,26 +6,28 @@ and prints it.
 
 import argparse
 import shlex
-from pathlib import Path
 
+from infini_ds.conversion.locate import newest_run
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads
 from infini_ds.evaluation.report import RunReport, evaluate_run, print_report, write_report
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 
 PROMPT_WORDS = 4  # of the report's prompt, in the command that generates text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=user_path, nargs="?", help="the run's folder (default: the newest run)")
     parser.add_argument("--rows", type=int, default=64, help="validation rows, 0 for all (default: %(default)s)")
     args = parser.parse_args()
     if args.rows < 0:
         raise UserError(f"--rows {args.rows} must be at least 1, or 0 for all")
     set_cpu_threads(detect_environment())
-    export = args.run / "export"
-    report = evaluate_run(args.run, export if export.is_dir() else args.run, args.rows or None)
+    run = args.run or newest_run()
+    export = run / "export"
+    report = evaluate_run(run, export if export.is_dir() else run, args.rows or None)
     commands = next_commands(report)
     print_report(report, write_report(report, commands), commands)
 

@@ -46,7 +46,7 @@ SLURM_JOB = LAUNCH / "slurm" / "study.sbatch"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="a study file, such as launch/studies/small.yaml")
+    parser.add_argument("study", type=os.path.expanduser, help="a study file, such as launch/studies/small.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the study file")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="list the runs")

@@ -23,23 +23,25 @@ def find_conflict(recipe: Recipe) -> Conflict | None:
             f"batch.tokens={_show(batch.tokens)} and batch.rows={_show(batch.rows)}: give exactly one of the two, and "
             "null for the other",
         )
-    if schedule.kind == "wsd" and schedule.decay_steps < 1:
+    if schedule.kind == "wsd" and schedule.decay(recipe.steps) < 1:
         return Conflict(
             ("schedule.kind", "schedule.decay_steps"),
             f"schedule.kind=wsd with schedule.decay_steps={schedule.decay_steps} has no decay: give "
             "schedule.decay_steps of at least 1",
         )
-    if schedule.warmup_steps + schedule.decay_steps > recipe.steps:
+    if schedule.warmup(recipe.steps) + schedule.decay(recipe.steps) > recipe.steps:
         return Conflict(
             ("schedule.warmup_steps", "schedule.decay_steps", "steps"),
             f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
-            f"than steps={recipe.steps}: shorten them",
+            f"than steps={recipe.steps}: shorten them, or give shares of the steps, such as schedule.warmup_steps=10%",
         )
-    if checkpoint.keep_best and (not validation.every or checkpoint.every % validation.every):
+    validations, checkpoints = validation.interval(recipe.steps), checkpoint.interval(recipe.steps)
+    if checkpoint.keep_best and (not validations or checkpoints % validations):
         return Conflict(
             ("checkpoint.keep_best", "checkpoint.every", "validation.every"),
             "checkpoint.keep_best=true needs a validation at each checkpoint: make checkpoint.every="
-            f"{checkpoint.every} a multiple of validation.every={validation.every}",
+            f"{_in_steps(checkpoint.every, checkpoints)} a multiple of validation.every="
+            f"{_in_steps(validation.every, validations)}",
         )
     if recipe.stability.on_spike == "roll_back" and not recipe.stability.spike_sigmas:
         return Conflict(
@@ -70,6 +72,11 @@ def _find_conflict_of_streams(data: DataSection) -> Conflict | None:
                 f"{name}.proportion={_show(stream.proportion)}: give every stream a proportion, or none",
             )
     return None
+
+
+def _in_steps(given: int | str, steps: int) -> str:
+    """Return a number of steps as it was given; what a share comes to is added."""
+    return str(given) if isinstance(given, int) else f"{given} ({steps} steps)"
 
 
 def _show(value: object) -> str:

@@ -18,11 +18,64 @@ KNOWN_KEYS = {
     "prescale_gradients", "gradient_predivide_factor", "flops_profiler", "comms_logger", "dump_state",
     "disable_allgather", "data_efficiency", "aio", "timers",
 }  # fmt: skip
+# The keys of groups, as DeepSpeed 0.19 declares them. It refuses others only when training starts, with a stack.
+KNOWN_KEYS_OF_GROUPS = {
+    "zero_optimization": {
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+        "allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "elastic_checkpoint",
+        "offload_optimizer", "cpu_offload", "cpu_offload_use_pin_memory", "ignore_unused_parameters", "legacy_stage1",
+        "round_robin_gradients", "enable_sanity_checks", "compute_grad_norm", "zenflow",
+        "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "parameter_alignment",
+        "save_muon_momentum_buffer_in_memory", "sub_group_size", "memory_efficient_linear", "leaf_module",
+        "offload_param", "cpu_offload_param", "zero_hpz_partition_size", "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+        "stage3_gather_fp16_weights_on_model_save",
+        *(f"{prefix}{key}" for prefix in ("", "stage3_") for key in (
+            "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
+            "max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save",
+            "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential",
+        )),
+    },
+    "bf16": {
+        "enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    },
+}  # fmt: skip
+# Keys of DeepSpeed that the recipe, or this project, has in another place.
+NOT_SUPPORTED = "this project does not support it, so leave it out"
+ELSEWHERE = {
+    "optimizer": "the recipe has the optimizer, AdamW, in optimizer.learning_rate and so on, so leave it out",
+    "scheduler": "the recipe has the learning rate's schedule, in schedule.kind and so on, so leave it out",
+    "fp16": "this project trains in bf16 or fp32, by precision= of the recipe, so leave it out",
+    "amp": "this project trains in bf16 or fp32, by precision= of the recipe, so leave it out",
+    "bfloat16": "DeepSpeed's name for it today is bf16, so write that",
+    "activation_checkpointing": "the recipe has it, in model.gradient_checkpointing, so leave it out",
+    "compile": "the recipe has it, in model.compile, so leave it out",
+    "seed": "the recipe has it, in seed, so leave it out",
+    "tensorboard": "a run writes TensorBoard and metrics.jsonl by itself, so leave it out",
+    "csv_monitor": "a run writes TensorBoard and metrics.jsonl by itself, so leave it out",
+    "wandb": "a run writes TensorBoard and metrics.jsonl, so leave it out",
+    "comet": "a run writes TensorBoard and metrics.jsonl, so leave it out",
+    "monitor_config": "a run writes TensorBoard and metrics.jsonl by itself, so leave it out",
+} | dict.fromkeys(
+    (
+        "autotuning", "compression_training", "curriculum_learning", "elasticity", "eigenvalue",
+        "hybrid_engine", "nebula", "pipeline", "progressive_layer_drop", "quantize_training", "sequence_parallel_size",
+        "sparse_attention", "sparse_gradients", "tensor_parallel", "use_node_local_storage", "weight_quantization",
+        "fp32_allreduce", "graph_harvesting",
+    ),
+    NOT_SUPPORTED,
+)  # fmt: skip
 
 
 def default_file(device_type: str) -> Path:
     """Return the DeepSpeed JSON that `deepspeed: auto` stands for."""
     return FOLDER / ("zero2.json" if device_type == "cuda" else "zero2_cpu.json")
+
+
+def _hint(key: str, known: set[str], group: str = "") -> str:
+    """Return a hint for an unknown key. Only a misspelling has a near name: `fp16` is not meant as `bf16`."""
+    return did_you_mean(key, known, prefix=group, cutoff=0.8)
 
 
 def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: str) -> dict[str, Any]:
@@ -44,8 +97,14 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
             "break what this project guarantees of them (docs/architecture.md), so leave it out"
         )
     for key in config:
+        if key in ELSEWHERE:
+            raise UserError(f"{key} in deepspeed={path}: {ELSEWHERE[key]}")
         if key not in KNOWN_KEYS:
-            raise UserError(f"unknown key {key} in deepspeed={path}{did_you_mean(key, KNOWN_KEYS)}")
+            raise UserError(f"unknown key {key} in deepspeed={path}{_hint(key, KNOWN_KEYS)}")
+    for group, known in KNOWN_KEYS_OF_GROUPS.items():
+        for key in config.get(group, {}) if isinstance(config.get(group, {}), dict) else ():
+            if key not in known:
+                raise UserError(f"unknown key {group}.{key} in deepspeed={path}{_hint(key, known, f'{group}.')}")
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2):
         raise UserError(

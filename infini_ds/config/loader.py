@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from infini_ds.config.keys import Key, Section, element_section, is_free, list_keys, section_of
 from infini_ds.config.yaml_text import has_interpolation, read_file, read_value, resolve_interpolations
-from infini_ds.utils.errors import UserError, did_you_mean
+from infini_ds.utils.errors import UserError, nearest
+from infini_ds.utils.paths import user_path
 
 COMMAND_LINE = "on the command line"
 
@@ -40,6 +41,7 @@ class Loader(Generic[S]):
         renamed: earlier names of keys and groups -> today's.
         read_renamed: accept the earlier names. Otherwise they are unknown keys, and today's name is suggested.
         alternatives: pairs of keys, of which one that is given in a later layer replaces the other.
+        synonyms: last parts of keys that other projects have -> the key here, for hints.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class Loader(Generic[S]):
         renamed: Mapping[str, str] | None = None,
         read_renamed: bool = False,
         alternatives: Sequence[tuple[str, str]] = (),
+        synonyms: Mapping[str, str] | None = None,
     ):
         self.kind = kind
         self.renamed = renamed or {}
         self.read_renamed = read_renamed
         self.alternatives = alternatives
+        self.synonyms = synonyms or {}
         self._layers = 0
         self._given: dict[KeyPath, Given] = {}
         self._typed: dict[str, Any] = kind().model_dump(mode="json")  # all layers, merged, with YAML's types
@@ -66,11 +70,12 @@ class Loader(Generic[S]):
         Raises:
             UserError: the file does not exist, is not YAML, or has a key that is unknown or of another form.
         """
-        if not Path(path).is_file():
+        file = user_path(str(path))
+        if not file.is_file():
             known = ", ".join(sorted(str(p) for p in Path(shipped).glob("*.yaml"))) if shipped else ""
             raise UserError(f"{option} {path} does not exist" + (f"; known are {known}" if known else ""))
         try:
-            texts, typed = read_file(Path(path))
+            texts, typed = read_file(file)
         except ValueError as error:
             raise UserError(f"{option} {path} {error}") from error
         self._layers += 1
@@ -173,17 +178,23 @@ class Loader(Generic[S]):
             return renamed.rpartition(".")[2]
         if renamed:
             raise UserError(f"unknown key {full} {origin}: did you mean {renamed}, its name today?")
-        names = [*(key.name for key in list_keys(self.kind)), *(".".join((*above, key)) for key in kind.model_fields)]
-        hint = did_you_mean(full, names, cutoff=0.5)
-        if "did you mean" not in hint:
-            same = [known for known in names if known.rpartition(".")[2] == name]
-            hint = f": did you mean {same[0]}?" if same else f"; known are {', '.join(kind.model_fields)}"
-        raise UserError(f"unknown key {full} {origin}{hint}")
+        raise UserError(f"unknown key {_visible(full)} {origin}{self._hint(name, kind, above)}")
+
+    def _hint(self, name: str, kind: type[Section], above: KeyPath) -> str:
+        """Return what may be meant by the unknown key `name` of `kind`: a key anywhere that is called so, or nearly."""
+        names = [".".join((*above, key)) for key in kind.model_fields] + [key.name for key in list_keys(self.kind)]
+        by_last_part = {known.rpartition(".")[2]: known for known in reversed(names)}
+        plain = name.strip(" +-").lower().replace("-", "_")
+        found = by_last_part.get(plain) or self.synonyms.get(plain)
+        if found is None:
+            found = by_last_part.get(nearest(plain, by_last_part) or "")
+        return f": did you mean {found}?" if found else f"; known are {', '.join(kind.model_fields)}"
 
     def _drop_replaced(self) -> None:
         """Of two alternatives, forget the one that an earlier layer gives."""
         for pair in self.alternatives:
             paths = [path for name in pair if (path := tuple(name.split("."))) in self._given]
+            paths = [path for path in paths if self._given[path].text]  # an empty list or null replaces nothing
             newest = max((self._given[path].layer for path in paths), default=0)
             for path in paths:
                 if self._given[path].layer < newest:
@@ -236,6 +247,11 @@ def load_keys(kind: type[S], path: str | Path | None, overrides: Sequence[str], 
 def show(value: Any) -> str:
     """Return a value as a recipe writes it: null, not None."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _visible(name: str) -> str:
+    """Return a key as it is written, or with escapes if it holds white space or what has no form."""
+    return name if name.isprintable() and name == "".join(name.split()) and name else repr(name)
 
 
 def _check_group(path: KeyPath, text: Any, kind: type[Section], origin: str) -> None:

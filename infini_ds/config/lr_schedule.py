@@ -7,12 +7,12 @@ from infini_ds.config.recipe import Recipe, ScheduleSection
 
 def factor(schedule: ScheduleSection, steps: int, step: int) -> float:
     """Return the factor at 0-based `step` of `steps`: linear warm-up, then the schedule's kind to `final_ratio`."""
-    warmup = schedule.warmup_steps
+    warmup = schedule.warmup(steps)
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":
         return 1.0
-    decay_steps = schedule.decay_steps if schedule.kind == "wsd" else steps - warmup
+    decay_steps = schedule.decay(steps) if schedule.kind == "wsd" else steps - warmup
     progress = max(0.0, (step - (steps - decay_steps)) / max(1, decay_steps))
     remaining = 1 - min(1.0, progress)
     if schedule.kind == "cosine":
@@ -24,7 +24,7 @@ def gate_factor(schedule: ScheduleSection, steps: int, step: int) -> float:
     """Return the factor of the gates, which have no warm-up, and no decay with `gates: constant`."""
     if schedule.gates == "constant":
         return 1.0
-    return factor(schedule, steps, max(step, schedule.warmup_steps))
+    return factor(schedule, steps, max(step, schedule.warmup(steps)))
 
 
 def gate_reach(recipe: Recipe, steps: int | None = None) -> float:

@@ -1,6 +1,5 @@
 """The model's configuration and block schedule, from the recipe and the data's tokenizer."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from infini_ds.config.recipe import ModelSection, Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError, did_you_mean
+from infini_ds.utils.pretrained import read_config, read_json
 
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 # Keys of the model section that are fields of InfiniGPTNeoConfig; null leaves the default, or what start_from has.
@@ -73,7 +73,8 @@ def check_vocabulary(recipe: Recipe, tokenizer: Path) -> None:
     start_from = recipe.model.start_from
     if start_from is None or not Path(start_from, "tokenizer.json").is_file():
         return
-    if _vocabulary(Path(start_from)) != _vocabulary(tokenizer):
+    given = f"model.start_from={start_from}"
+    if _vocabulary(Path(start_from), given) != _vocabulary(tokenizer, f"the data in {tokenizer.parent}"):
         raise UserError(
             f"model.start_from={start_from} and the data in {tokenizer.parent} have different tokenizers: prepare the "
             f"data with --tokenizer {start_from}"
@@ -111,7 +112,7 @@ def _check_start_from(section: ModelSection) -> None:
     folder = Path(section.start_from or "")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.start_from={folder} is not a folder with a config.json: give an exported model")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = read_config(folder, f"model.start_from={folder}").get("model_type")
     if kind != InfiniGPTNeoConfig.model_type:
         raise UserError(
             f"model.start_from={folder} is a {kind} model, which has no memory: convert it to Infini-GPT-Neo first"
@@ -129,5 +130,6 @@ def _check_start_from(section: ModelSection) -> None:
             )
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
-    return json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+def _vocabulary(folder: Path, name: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = read_json(folder / "tokenizer.json", name)["model"]["vocab"]
+    return vocabulary

@@ -47,6 +47,38 @@ RENAMED = {
     "stability.roll_backs": "stability.max_rollbacks",
 }
 ALTERNATIVES = (("data.path", "data.streams"),)
+# What other projects call a key, for hints.
+SYNONYMS = {
+    "lr": "optimizer.learning_rate",
+    "batch_size": "batch.rows",
+    "global_batch_size": "batch.rows",
+    "micro_batch": "batch.micro_rows",
+    "micro_batch_size": "batch.micro_rows",
+    "epochs": "steps",
+    "max_steps": "steps",
+    "warmup": "schedule.warmup_steps",
+    "clip": "optimizer.gradient_clipping",
+    "grad_clip": "optimizer.gradient_clipping",
+    "max_grad_norm": "optimizer.gradient_clipping",
+    "bf16": "precision",
+    "fp16": "precision",
+    "dtype": "precision",
+    "output_dir": "output",
+    "run_name": "name",
+    "num_workers": "data.workers",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "validation.every",
+    "logging_steps": "log_every",
+    "zero_stage": "deepspeed",
+    "dropout": "model.config.resid_dropout",
+    **{
+        name: f"model.config.{name}"
+        for name in (
+            *("hidden_size", "num_layers", "num_heads", "vocab_size", "intermediate_size", "attention_types"),
+            *("attention_dropout", "embed_dropout", "resid_dropout", "layer_norm_epsilon", "initializer_range"),
+        )
+    },
+}
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = (), origin: str = COMMAND_LINE) -> Recipe:
@@ -59,7 +91,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = (), origin: 
         UserError: the file does not exist, a key is unknown (the nearest known one is named), or a value is refused.
     """
     of_run = path is not None and Path(path).name == RECIPE_FILE and Path(path).with_name("data_manifest.json").exists()
-    loader = Loader(Recipe, RENAMED, read_renamed=of_run, alternatives=ALTERNATIVES)
+    loader = Loader(Recipe, RENAMED, read_renamed=of_run, alternatives=ALTERNATIVES, synonyms=SYNONYMS)
     if path is not None:
         loader.add_file("--config", path, shipped="launch/recipes")
     loader.add_overrides(overrides, origin)

@@ -25,6 +25,7 @@ from infini_ds.distributed.environment import DistEnv
 from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.pretrained import check_weight_files
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def resolve(
 
     Args:
         require_data: False for a plan: data that is not prepared yet is no error if `plan.sequence_length` is given,
-            which then goes before the length of the data's rows, and the cache of this node is not checked.
+            which then goes before the length of the data's rows, and neither the cache of this node nor the weights of
+            `model.start_from` are checked.
         device_type: "cpu" or "cuda", for devices other than this machine's; a GPU is then taken to have bf16.
     Raises:
         UserError: the recipe does not fit the data, the ranks or the devices.
@@ -91,6 +93,8 @@ def resolve(
     file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     ds_config = deepspeed_config(file, recipe, shape, precision)
     config = model_config(recipe, manifest)
+    if require_data and recipe.model.start_from is not None:
+        check_weight_files(Path(recipe.model.start_from), f"model.start_from={recipe.model.start_from}")
     if recipe.model.attention == "flex_attention" and kind == "cpu":
         raise UserError(
             "model.attention=flex_attention needs a GPU, since PyTorch has no backward pass of it on the CPU: "

@@ -4,7 +4,10 @@ A key may change on resume (`resumable=True`) if the results of the run do not d
 otherwise: steps, schedule, validation, checkpoints, stability.
 """
 
+import math
 import os
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +27,12 @@ def _check_bytes(text: str) -> str:
     return text
 
 
+def _check_share(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?%", text) or not 0 < Fraction(text[:-1]) <= 100:
+        raise ValueError("it is not a share of the steps such as 10%")
+    return text
+
+
 def _check_folder_name(name: str) -> str:
     if name in ("", ".", "..") or "/" in name:
         raise ValueError("it is not the name of one folder")
@@ -38,7 +47,21 @@ FolderName = Annotated[
     str, Words("the name of one folder, whose path goes in output="), AfterValidator(_check_folder_name)
 ]
 
+# A number of steps: absolute, or as a share of the run's, which follows it when the run is made longer or shorter.
+Share = Annotated[str, Words("a share of the steps such as 10%"), AfterValidator(_check_share)]
+StepCount = Annotated[int, Field(ge=0)] | Share
+Interval = Annotated[int, Field(ge=1)] | Share
+
 SEED_LIMIT = 2**31  # epochs and ranks are added to a seed, and NumPy has to take the sum
+
+
+def _part(share: str, steps: int) -> Fraction:
+    return Fraction(share[:-1]) / 100 * steps
+
+
+def _interval(every: int | str, steps: int) -> int:
+    """Return a number of steps between events: of a share rounded up, so that none falls just before the last step."""
+    return every if isinstance(every, int) else math.ceil(_part(every, steps))
 
 
 class ModelSection(Section):
@@ -153,29 +176,50 @@ class ScheduleSection(Section):
         "constant",
         resumable=True,
     )
-    warmup_steps: int = key(100, "steps of linear warm-up; the gates have none", ge=0, resumable=True)
-    decay_steps: int = key(0, "steps of the decay, for wsd", ge=0, resumable=True)
+    warmup_steps: StepCount = key(
+        100, "steps of linear warm-up, a share rounded down; the gates have none", resumable=True
+    )
+    decay_steps: StepCount = key(
+        0, "steps of the decay, for wsd; a share rounded down, but at least 1 step", resumable=True
+    )
     final_ratio: float = key(0.1, "share of the peak learning rate that the decay ends at", ge=0, le=1, resumable=True)
     gates: Literal["same", "constant"] = key(
         "same", "whether the gates' learning rate follows the schedule or stays constant", resumable=True
     )
 
+    def warmup(self, steps: int) -> int:
+        """Return the steps of the warm-up, in a run of so many."""
+        return self.warmup_steps if isinstance(self.warmup_steps, int) else math.floor(_part(self.warmup_steps, steps))
+
+    def decay(self, steps: int) -> int:
+        """Return the steps of the decay, in a run of so many."""
+        decay = self.decay_steps
+        return decay if isinstance(decay, int) else max(1, math.floor(_part(decay, steps)))
+
 
 class ValidationSection(Section):
     """Validation during training."""
 
-    every: int = key(
-        100, "steps between validations; also before the first step and after the last; 0: never", ge=0, resumable=True
+    every: StepCount = key(
+        100,
+        "steps between validations, a share rounded up; also before the first step and after the last; 0: never",
+        resumable=True,
     )
     rows: int = key(
         32, "validation rows that are read, from the first on; all, if there are fewer", ge=1, resumable=True
     )
 
+    def interval(self, steps: int) -> int:
+        """Return the steps between validations, in a run of so many; 0: never."""
+        return _interval(self.every, steps)
+
 
 class CheckpointSection(Section):
     """When checkpoints are written, and which are kept."""
 
-    every: int = key(500, "steps between checkpoints; the last step always writes one", ge=1, resumable=True)
+    every: Interval = key(
+        500, "steps between checkpoints, a share rounded up; the last step always writes one", resumable=True
+    )
     keep_last: int = key(2, "how many of the newest checkpoints are kept", ge=1, resumable=True)
     keep_every: int = key(0, "checkpoints whose step it divides are kept too; 0: none", ge=0, resumable=True)
     keep_best: bool = key(
@@ -183,6 +227,10 @@ class CheckpointSection(Section):
         "keep the checkpoint with the lowest validation loss too; every has to be a multiple of validation.every",
         resumable=True,
     )
+
+    def interval(self, steps: int) -> int:
+        """Return the steps between checkpoints, in a run of so many."""
+        return _interval(self.every, steps)
 
 
 class StabilitySection(Section):

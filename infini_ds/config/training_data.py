@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from infini_ds.config.loader import show
 from infini_ds.data import cache_limit
 from infini_ds.data.sources import DataSource, StreamSpec, open_sources
 from infini_ds.utils.errors import UserError
@@ -61,8 +62,8 @@ def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         for what in ("proportion", "repeat"):
             if before[what] != now[what]:
                 raise UserError(
-                    f"data.streams[{number}].{what}={now[what]}, but this run began with {before[what]}: give "
-                    "that, or choose another name="
+                    f"data.streams[{number}].{what}={show(now[what])}, but this run began with {show(before[what])}: "
+                    "give that, or choose another name="
                 )
         if before["shards"] != now["shards"]:
             raise UserError(

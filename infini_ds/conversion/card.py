@@ -17,36 +17,69 @@ tags: [infini-attention, gpt-neo, compressive-memory]
 A GPT-Neo language model with Infini-attention ([Munkhdalai et al. 2024](https://arxiv.org/abs/2404.07143)): attention
 within segments of {segment_length} tokens, and in every layer a compressive memory of all earlier segments.
 {layers} layers, width {width}, {heads} heads, vocabulary {vocabulary}. The memory has the same size for text of any
-length.
+length, so the length of a text is not limited: `max_position_embeddings` in `config.json` is the number of positions
+within a segment, and `n_positions` says to tools that more tokens are read.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-inputs = tokenizer(tokenizer.bos_token + "import", return_tensors="pt")  # every document begins with this token
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
+{usage}
 
 {origin}
 """
 
+LOAD = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def format_card(name: str, config: InfiniGPTNeoConfig, origin: str) -> str:
-    """Return the card of a model. `origin`: Markdown on where its weights come from."""
+folder = {folder}  # the path of this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
+
+WITH_TOKENIZER = """```python
+{load}
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+ids = tokenizer.encode("import", add_special_tokens=False)
+prompt = torch.tensor([[{start}*ids]])
+output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+
+WITHOUT_TOKENIZER = """The folder holds no tokenizer: take that of the model it was converted from.
+
+```python
+{load}
+
+prompt = torch.tensor([[{start}1, 2, 3]])  # token ids
+output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50)
+print(output[0].tolist())
+```"""
+
+
+def format_card(title: str, config: InfiniGPTNeoConfig, origin: str, folder: str, has_tokenizer: bool = True) -> str:
+    """Return the card of a model.
+
+    Args:
+        origin: Markdown on where its weights come from.
+        folder: name of the folder, for the example.
+        has_tokenizer: whether the folder holds one.
+    """
+    # A tokenizer may add the start token or not, and a token at the end: the example adds exactly the one at the start.
+    start = "" if config.bos_token_id is None else "model.config.bos_token_id, "
+    example = (WITH_TOKENIZER if has_tokenizer else WITHOUT_TOKENIZER).format(
+        load=LOAD.format(folder=json.dumps(folder, ensure_ascii=False)), start=start
+    )
+    note = "Every document of the training data begins with the start token, and so does a prompt:\n\n" if start else ""
     return CARD.format(
-        name=name,
+        name=title,
         segment_length=config.segment_length,
         layers=config.num_layers,
         width=config.hidden_size,
         heads=config.num_heads,
         vocabulary=config.vocab_size,
+        usage=note + example,
         origin=origin,
     )
 
 
-def card_of_checkpoint(checkpoint: Path, run: Path) -> str:
-    """Return the card of a checkpoint, with the recipe, data and validation loss that its run recorded."""
+def card_of_checkpoint(checkpoint: Path, run: Path, folder: str) -> str:
+    """Return the card of a checkpoint that is exported to `folder`: its run's recipe, data and validation loss."""
     config = InfiniGPTNeoConfig.from_pretrained(checkpoint)
     state = read_manifest(checkpoint).state
     recipe = (run / "recipe.yaml").read_text()
@@ -60,4 +93,4 @@ def card_of_checkpoint(checkpoint: Path, run: Path) -> str:
             f"{last['validation/loss_memory_off']:.4f} with the memory off.\n"
         )
     origin += f"\n### Data\n```json\n{json.dumps(data, indent=1)}\n```\n\n### Recipe\n```yaml\n{recipe}```"
-    return format_card(run.name, config, origin)
+    return format_card(run.name, config, origin, folder)

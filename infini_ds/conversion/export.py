@@ -1,7 +1,7 @@
 """Write a Hugging Face folder that works without this project: weights, configuration, model code, tokenizer, card."""
 
-import json
 import shutil
+import stat
 from pathlib import Path
 
 import torch
@@ -9,9 +9,16 @@ from transformers import GenerationConfig
 
 from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.card import card_of_checkpoint
-from infini_ds.conversion.locate import ModelLocation, load_model
+from infini_ds.conversion.locate import ModelLocation, load_model, load_tokenizer
+from infini_ds.conversion.model_code import write_code
+from infini_ds.conversion.tokenizer_settings import write_tokenizer_settings
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
+from infini_ds.utils.pretrained import read_config
+
+# Tools take `n_positions`, or else `max_position_embeddings`, for the longest text; the latter is the size of the table
+# of positions, of which each segment begins with the first one.
+LONGEST_TEXT = 1_000_000_000
 
 
 def export(location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
@@ -24,7 +31,8 @@ def export(location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtyp
     """
     if location.checkpoint is None or location.run is None:
         raise UserError(f"{location.path} is already in Hugging Face format: give a run or a checkpoint")
-    card = card_of_checkpoint(location.checkpoint, location.run)
+    load_tokenizer(location)  # before anything is written
+    card = card_of_checkpoint(location.checkpoint, location.run, out.name)
     write_folder(load_model(location, dtype), location.tokenizer_folder, out, card, max_shard_size)
 
 
@@ -42,14 +50,10 @@ def write_folder(
         raise UserError(f"--out {out} holds other files: choose another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    InfiniGPTNeoConfig.register_for_auto_class()
-    InfiniGPTNeoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    partial.mkdir(parents=True)
     config = model.config
-    # `save_pretrained` adds the configuration's and the model's own class to this map.
-    config.auto_map = {
-        "AutoModel": "modeling.InfiniGPTNeoModel",
-        "AutoModelForSequenceClassification": "modeling.InfiniGPTNeoForSequenceClassification",
-    }
+    config.auto_map = write_code(partial)
+    config.n_positions = LONGEST_TEXT
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -57,18 +61,32 @@ def write_folder(
     )
     model.save_pretrained(partial, max_shard_size=max_shard_size)
     if tokenizer is not None:
-        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
-    (partial / "README.md").write_text(card)
+        for file in tokenizer.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+        write_tokenizer_settings(partial, config)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    _share_permissions(partial)
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
 
 
+def _share_permissions(folder: Path) -> None:
+    """Give all files the permissions of the card, which the umask decides: safetensors lets the owner alone read."""
+    mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def _is_export(folder: Path) -> bool:
     if (folder / MANIFEST).exists() or (folder / ".git").exists():
         return False
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == InfiniGPTNeoConfig.model_type
+    try:
+        return read_config(folder, str(folder)).get("model_type") == InfiniGPTNeoConfig.model_type
+    except UserError:  # no config.json, or a broken one, whose folder is not replaced
+        return False
 
 
 def push_to_hub(folder: Path, name: str, private: bool) -> str:

@@ -1,19 +1,20 @@
 """Convert GPT-Neo to Infini-GPT-Neo: the same weights, and one gate a head that mixes in the memory."""
 
-import contextlib
+import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, GPTNeoConfig
-from transformers.utils import logging
+from transformers import AutoTokenizer, GPTNeoConfig, PreTrainedTokenizerBase
 
 from infini_ds.conversion.card import format_card
 from infini_ds.conversion.export import write_folder
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
+from infini_ds.utils.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer_files, read_config
 
 # Initial beta of every gate; sigmoid(beta) is the weight of the memory in a head's output: 0.02 or 0.5.
 GATES = {"closed": -4.0, "zero": 0.0}
+
+OURS = r"\.attn\.attention\.(beta$|memory_parameters\.)"  # the parameters that a GPT-Neo does not have
 
 
 def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shard_size: str = "2GB") -> None:
@@ -24,8 +25,12 @@ def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shar
         gates: "closed" to start close to GPT-Neo on each segment by itself, "zero" to start with equal weights for
             local attention and memory.
     Raises:
-        UserError: the model cannot be read, is not a GPT-Neo, or has fewer positions than `segment_length`.
+        UserError: the model cannot be read or is incomplete, is not a GPT-Neo, or has fewer positions than
+            `segment_length`.
     """
+    given = f"--from-gpt-neo {name}"
+    if Path(name, "config.json").is_file():
+        read_config(Path(name), given)
     try:
         gpt_neo = GPTNeoConfig.get_config_dict(name)[0]
     except OSError as error:
@@ -39,11 +44,26 @@ def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shar
         config = InfiniGPTNeoConfig(**fields, segment_length=segment_length, gate_init=GATES[gates])
     except ValueError as error:
         raise UserError(f"--from-gpt-neo {name}: {first_line(error)}") from error
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns that the gates are missing, as they are meant to be
-    model = InfiniGPTNeoForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
-    logging.set_verbosity(verbosity)
+    model = load_pretrained(InfiniGPTNeoForCausalLM, name, given, config, may_lack=OURS)
     origin = f"Converted from `{name}`: each layer has a memory, whose gates start {gates} and are not trained yet."
-    write_folder(model, None, out, format_card(out.name, config, origin), max_shard_size)
-    with contextlib.suppress(OSError, ValueError, TypeError):  # a folder of weights alone has no tokenizer
-        AutoTokenizer.from_pretrained(name).save_pretrained(out)
+    tokenizer = _load_tokenizer(name, given)
+    card = format_card(out.name, config, origin, out.name, tokenizer is not None)
+    with tempfile.TemporaryDirectory() as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_folder(model, Path(folder) if tokenizer is not None else None, out, card, max_shard_size)
+
+
+def _load_tokenizer(name: str, given: str) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a folder or hub name, or None where there are weights alone.
+
+    Raises:
+        UserError: a folder holds files of a tokenizer that cannot be loaded.
+    """
+    if any(Path(name, file).exists() for file in TOKENIZER_FILES):
+        return load_tokenizer_files(Path(name), given)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError):
+        return None
+    return tokenizer

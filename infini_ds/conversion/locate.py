@@ -1,16 +1,21 @@
 """Find and load the model that a path holds: an exported folder, a run, or one checkpoint of a run."""
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.checkpoint.manifest import MANIFEST, complete_checkpoints, find_damage
+from infini_ds.config.recipe import RECIPE_FILE
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
+from infini_ds.utils.pretrained import check_finite, load_pretrained, load_tokenizer_files, read_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def locate(path: str | Path) -> ModelLocation:
     Raises:
         UserError: the path is not one of the three, or a run without a complete checkpoint.
     """
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give an exported folder, a run, or a checkpoint")
     if (path / MANIFEST).is_file():
@@ -53,7 +58,7 @@ def locate(path: str | Path) -> ModelLocation:
             raise UserError(f"{path}: this run has no complete checkpoint yet")
         return ModelLocation(path, complete[-1], path)
     if (path / "config.json").is_file():
-        model_type = json.loads((path / "config.json").read_text()).get("model_type")
+        model_type = read_config(path, str(path)).get("model_type")
         if model_type != InfiniGPTNeoConfig.model_type:
             raise UserError(f"{path} is a {model_type} model: convert it first, with --from-gpt-neo {path}")
         return ModelLocation(path, None, None)
@@ -63,17 +68,35 @@ def locate(path: str | Path) -> ModelLocation:
     )
 
 
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """Return the run of a folder of runs that has saved a checkpoint last, and log which it is.
+
+    Raises:
+        UserError: the folder holds no run with a complete checkpoint.
+    """
+    checkpoints = {run.parent: complete_checkpoints(run.parent) for run in runs.glob(f"*/{RECIPE_FILE}")}
+    saved = {run: (found[-1] / MANIFEST).stat().st_mtime for run, found in checkpoints.items() if found}
+    if not saved:
+        raise UserError(
+            f"no model is named, and {runs}/ holds no run with a complete checkpoint: name a model, or train one with "
+            "`make pretrain`"
+        )
+    newest = max(saved, key=lambda run: saved[run])
+    logger.info(f"taking the newest run, {newest}")
+    return newest
+
+
 def load_model(
     location: ModelLocation, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> InfiniGPTNeoForCausalLM:
     """Return the model in evaluation mode.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint is damaged, the export's weights are damaged or incomplete, or a weight is not finite.
     """
     disable_progress_bar()
     if location.checkpoint is None:
-        model = InfiniGPTNeoForCausalLM.from_pretrained(location.path, dtype=torch.float32)
+        model = load_pretrained(InfiniGPTNeoForCausalLM, location.path, str(location.path))
     else:
         if damage := find_damage(location.checkpoint):
             raise UserError(
@@ -83,9 +106,14 @@ def load_model(
 
         model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig.from_pretrained(location.checkpoint))
         model.load_state_dict(full_weights(location.checkpoint))
+        check_finite(model, str(location.checkpoint))
     return model.eval().to(device=device, dtype=dtype)
 
 
 def load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that the model was trained with."""
-    return AutoTokenizer.from_pretrained(location.tokenizer_folder)
+    """Return the tokenizer that the model was trained with.
+
+    Raises:
+        UserError: its files are missing or damaged.
+    """
+    return load_tokenizer_files(location.tokenizer_folder, str(location.path), ["tokenizer_config.json"])

@@ -10,6 +10,7 @@ from data_prep.manifest import Manifest, load_manifest
 from infini_ds.data.remote import fetch_small_files, is_remote, remote_address
 from infini_ds.streaming_compat.library import reader_from_json
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,12 @@ def _open(spec: StreamSpec, cache: Path, cache_option: str) -> DataSource:
         remote: str | None = remote_address(spec.path)
         folder = fetch_small_files(what, remote_address(spec.path), cache, cache_option)
     else:
-        remote, folder = None, Path(spec.path)
-    source = DataSource(spec.option, folder, remote, load_manifest(folder), spec.proportion, spec.repeat)
+        remote, folder = None, user_path(spec.path)
+    try:
+        manifest = load_manifest(folder)
+    except UserError as error:
+        raise UserError(f"{what}: {str(error).removeprefix(f'{folder}: ')}") from error
+    source = DataSource(spec.option, folder, remote, manifest, spec.proportion, spec.repeat)
     for split in ("train", "validation"):
         index = folder / split / "index.json"
         if not index.is_file():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from infini_ds.utils.logging import setup_logging
 
 SECONDS_FOR_RANK_ZERO = 5.0  # for which the other ranks wait before they print an error
 SECONDS_FOR_ROLL_CALL = 3.0
+STDOUT_CLOSED = 141  # 128 + SIGPIPE
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -25,10 +27,13 @@ def run_main(main: Callable[[], None]) -> None:
     If all ranks raise it, rank 0 prints it first, and the launcher then ends the other ranks.
     Every other exception keeps its stack, with exit code 1. On one of several ranks it ends the process at once; if the
     cause is a rank that is gone, that rank is named instead.
+    If the program that reads stdout has ended, as `head` does, so does this process, with a shell's exit code for it.
     """
     setup_logging()
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:
@@ -40,9 +45,23 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and stdout_has_no_reader():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+            sys.exit(STDOUT_CLOSED)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         abort(error)
+
+
+def stdout_has_no_reader() -> bool:
+    """Return whether stdout is a pipe whose other end is closed."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):  # closed, or not a file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def abort(error: Exception) -> NoReturn:

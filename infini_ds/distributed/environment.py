@@ -10,6 +10,10 @@ from infini_ds.utils.errors import UserError
 
 # What srun sets -> what torch, DeepSpeed and streaming read. DeepSpeed's own Slurm launcher does not map the ranks.
 FROM_SLURM = {"SLURM_PROCID": "RANK", "SLURM_LOCALID": "LOCAL_RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE"}
+# Set by a launcher or by `detect_environment`: what makes a process one of several ranks.
+LAUNCHER_VARIABLES = frozenset(
+    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+)
 
 
 @dataclass(frozen=True)

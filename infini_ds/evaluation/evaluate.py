@@ -10,6 +10,7 @@ from infini_ds.distributed import collectives
 from infini_ds.evaluation.evaluation_file import Evaluation, start_evaluation, write_evaluation
 from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.task import TASKS, EvaluationContext
+from infini_ds.utils.counts import short_count
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def evaluate(
 def show_evaluation(evaluation: Evaluation, tasks: Sequence[str], console: Console) -> None:
     """Print the model's facts and the tables of some tasks."""
     model = evaluation.model
-    facts = f"{model.model_type}, {model.parameters / 1e6:.1f}M parameters, sha256 {model.sha256[:12]}"
+    facts = f"{model.model_type}, {short_count(model.parameters)} parameters, sha256 {model.sha256[:12]}"
     console.print(f"\n{model.path}: {facts}", highlight=False)
     for name in tasks:
         console.print(TASKS[name].table(evaluation.result(name)))

@@ -9,16 +9,17 @@ from typing import TypeGuard
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
+from infini_ds.utils.pretrained import load_pretrained, load_tokenizer_files, read_config
 
 # Fields of a configuration that do not change what the model computes. They differ between a checkpoint and its export.
 NOT_HASHED = (
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("_name_or_path", "architectures", "auto_map", "dtype", "n_positions", "torch_dtype", "transformers_version"),
+    "use_cache",
 )
 
 
@@ -85,21 +86,23 @@ def _is_external(name: str) -> bool:
     path = Path(name)
     if not path.is_dir():
         return True
-    config = path / "config.json"
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or not config.is_file():
+    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
         return False
-    return json.loads(config.read_text()).get("model_type") != InfiniGPTNeoConfig.model_type
+    return read_config(path, name).get("model_type") != InfiniGPTNeoConfig.model_type
 
 
 def _load_external(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    disable_progress_bar()
+    if Path(name).is_dir():
+        return load_pretrained(AutoModelForCausalLM, name, name), load_tokenizer_files(Path(name), name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+        return load_pretrained(AutoModelForCausalLM, name, name), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # OSError, ValueError, KeyError, errors of the hub's client, depending on what is wrong
-        problem = "its files cannot be loaded" if Path(name).is_dir() else "no such folder, nor a model on the hub"
+        if isinstance(error, UserError) and error.__cause__ is None:
+            raise  # the model exists, and its weights are incomplete or not finite
+        reason = first_line(error.__cause__ or error)
         raise UserError(
-            f"{name}: {problem} ({first_line(error)}): give an exported folder, a run, a checkpoint, or a causal "
-            "language model of Hugging Face with its tokenizer"
+            f"{name}: no such folder, nor a model on the hub ({reason}): give an exported folder, a run, a checkpoint, "
+            "or a causal language model of Hugging Face with its tokenizer"
         ) from error
 
 

@@ -19,6 +19,7 @@ from infini_ds.evaluation.tasks.position import bin_means, sources_of_run
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.validation import PositionLosses, position_losses
+from infini_ds.utils.counts import short_count
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.progress import ProgressBar
 
@@ -175,7 +176,7 @@ def report_facts(report: RunReport) -> list[tuple[str, str]]:
         f"{manifest['options']['source']}: {manifest['train']['tokens']:,} training tokens" for manifest in report.data
     )
     return [
-        ("model", f"{report.parameters / 1e6:.1f}M parameters, segments of {report.segment_length} tokens"),
+        ("model", f"{short_count(report.parameters)} parameters, segments of {report.segment_length} tokens"),
         ("data", f"{trained_on}; in rows of {report.data[0]['sequence_length']:,}"),
         ("trained", f"{report.step:,} steps, {report.tokens:,} tokens"),
         ("validation loss", f"{on:.4f} (perplexity {math.exp(on):.2f})"),

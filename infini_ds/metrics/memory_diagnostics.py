@@ -1,5 +1,6 @@
 """Diagnostics of the memory: gates, norms of the state, gain in loss. One warning for each problem found."""
 
+from collections import deque
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -11,7 +12,11 @@ from infini_ds.metrics.metric_writers import read_metrics
 MIN_SPREAD = 0.01  # between the smallest gate and the largest, below which all gates are alike
 MIN_REACH = 1.0  # that a gate's beta could have moved before a small spread is a problem
 SATURATION = 0.01  # this close to 0 or 1 the gradient of a gate is a 25th of that at 1/2, or less
-MAX_GROWTH = 10.0  # of a norm, relative to its value after the first tenth of the steps
+# Of a norm, relative to its value at half as many steps. Adam moves a weight by at most its learning rate a step, so
+# while steps double, the weights of keys and values at most about double, and their products in M grow fourfold. The
+# lengths of the documents that end rows add to that: the default run's largest growth is 5.3.
+MAX_GROWTH = 10.0
+MIN_COST = 1e-3  # nats a token by which the memory raises the validation loss; less is no reason to change anything
 
 
 def gate_metrics(gates: Tensor) -> dict[str, float]:
@@ -29,13 +34,14 @@ class MemoryDiagnostics:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._warned: set[str] = set()
-        self._baseline: dict[str, float] = {}  # norms, by the metric's name
+        # (step, norm) by the metric's name, from the last record at half of the present step on.
+        self._norms: dict[str, deque[tuple[int, float]]] = {}
         for line in read_metrics(recipe.folder):
-            self._update_baseline(line["step"], line)
+            self._keep_norms(line["step"], line)
 
     def warnings(self, step: int, metrics: dict[str, float]) -> list[str]:
         """Return a sentence for each new problem in the metrics of one step, of training or of validation."""
-        self._update_baseline(step, metrics)
+        self._keep_norms(step, metrics)
         new: dict[str, str] = {}
         for kind, sentence in self._problems(step, metrics):
             if kind not in self._warned:
@@ -43,12 +49,21 @@ class MemoryDiagnostics:
         self._warned |= new.keys()
         return list(new.values())
 
-    def _update_baseline(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep the first norms after a tenth of the steps, and after the warm-up."""
-        if step >= max(self.recipe.steps // 10, self.recipe.schedule.warmup_steps):
-            for name, value in metrics.items():
-                if "_norm/" in name:
-                    self._baseline.setdefault(name, value)
+    def _keep_norms(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep the norms after a tenth of the steps, and after the warm-up."""
+        if step < max(self.recipe.steps // 10, self.recipe.schedule.warmup(self.recipe.steps)):
+            return
+        for name, value in metrics.items():
+            if "_norm/" in name:
+                norms = self._norms.setdefault(name, deque())
+                norms.append((step, value))
+                while len(norms) > 1 and norms[1][0] <= step / 2:
+                    norms.popleft()
+
+    def _norm_at_half(self, name: str, step: int) -> float | None:
+        """Return the last norm that was recorded up to half of `step`; None if no step that early has one."""
+        norms = self._norms.get(name)
+        return norms[0][1] if norms and norms[0][0] <= step / 2 else None
 
     def _problems(self, step: int, metrics: dict[str, float]) -> Iterator[tuple[str, str]]:
         rate = self.recipe.optimizer.gate_learning_rate
@@ -66,17 +81,18 @@ class MemoryDiagnostics:
                 f"raise optimizer.gate_learning_rate={rate}, or give rows of more segments",
             )
         for name, value in metrics.items():
-            before = self._baseline.get(name, 0)
+            before = self._norm_at_half(name, step)
             if before and value > MAX_GROWTH * before:
                 _, norm, layer = name.split("/")
                 yield (
                     norm,
-                    f"the norm of {norm.removesuffix('_norm')} in {layer} has grown from {before:.3g} to {value:.3g}: "
-                    f"if it grows further, lower optimizer.learning_rate={self.recipe.optimizer.learning_rate}, or "
-                    "set model.memory_rule=delta",
+                    f"the norm of {norm.removesuffix('_norm')} in {layer} has grown from {before:.3g} to {value:.3g} "
+                    "since half as many steps: if it grows further, lower optimizer.learning_rate="
+                    f"{self.recipe.optimizer.learning_rate}, or set model.memory_rule=delta",
                 )
         gained = metrics.get("validation/gained_by_memory")
-        if gained is not None and gained < 0 and step >= max(self.recipe.steps // 10, 1):
+        noise = 2 * metrics.get("validation/gain_standard_error", 0.0)
+        if gained is not None and -gained > max(MIN_COST, noise) and step >= max(self.recipe.steps // 10, 1):
             yield (
                 "gained",
                 f"the memory raises the validation loss by {-gained:.4f}: if this persists, raise "

@@ -1,143 +1,215 @@
-"""What is wrong on this node before a run finds out: each check gives findings, and mends what is safe if told to."""
+"""Find what is wrong on this node before a run does: one finding for each check, and repairs where they are safe.
+
+for finding in check_node(load_recipe("launch/recipes/tiny-cpu.yaml"), detect_environment(), fix=False): ...
+"""
 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 
+from infini_ds.checkpoint.manager import complete_checkpoints
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import Recipe
-from infini_ds.config.resolve import resolve
+from infini_ds.config.resolve import ResolvedRun, resolve
+from infini_ds.config.resume import check_same_run
 from infini_ds.data.sources import DataSource
 from infini_ds.distributed.environment import DistEnv
-from infini_ds.model import InfiniGPTNeoConfig
-from infini_ds.planning.memory_estimate import parameters
+from infini_ds.planning.hardware import memory_free
+from infini_ds.planning.memory_estimate import (
+    HEADROOM,
+    Workload,
+    ZeroSharding,
+    estimate_memory,
+    largest_block,
+    parameters,
+)
 from infini_ds.streaming_compat.shm_prefix import SHM
 from infini_ds.streaming_compat.stale_memory import find_shared_files, remove_stale
 from infini_ds.streaming_compat.stream import UNFINISHED, is_intact
 from infini_ds.utils.errors import UserError
 
-MIB = 2**20
-BYTES_A_PARAMETER = 16  # of a checkpoint: fp32 weights, and the optimizer's copy of them with two moments
-ABANDONED = 3600.0  # seconds since the last change, from which on an unfinished file has no writer any more
+MIB, GIB = 2**20, 2**30
+CHECKPOINT_BYTES = 16  # for each parameter: fp32 weights, and the optimizer's copy of them with two moments
+ABANDONED = 3600.0  # seconds since its last change, after which an unfinished file has no writer
 
 # Versions that are known to be bad, and why.
 BAD_VERSIONS = [
     ("deepspeed", "==0.18.9", "it modifies a view in place, and the backward pass of a checkpointed segment fails"),
     ("deepspeed", "<0.19.4", "ZeRO-2 in bf16 may give wrong gradients where a layer is used many times a step (8224)"),
     ("mosaicml-streaming", "<0.13", "its shards and states are those of another version"),
-    ("torch", "<2.6", "the model is not tried on it"),
-    ("transformers", "<4.57", "the model is not tried on it"),
+    ("torch", "<2.6", "the model is not tested with it"),
+    ("transformers", "<4.57", "the model is not tested with it"),
 ]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor. state: ok, warning or problem; the last is what a run would fail of."""
+    """The result of a check. A "problem" makes a run fail; a "warning" does not."""
 
     check: str
-    state: str
+    state: Literal["ok", "warning", "problem"]
     sentence: str
 
 
-def check_versions(installed=version) -> Iterator[Finding]:
-    bad = []
+def check_node(recipe: Recipe, environment: DistEnv, fix: bool, require_data: bool = True) -> Iterator[Finding]:
+    """Run all checks of this node, and with `fix` repair what is safe to repair. The ranks are not tried here.
+
+    Args:
+        require_data: False for data that the run itself prepares first, if it is not there.
+    """
+    yield from check_versions()
+    yield from check_shared_memory(fix)
+    try:
+        run = resolve(recipe, environment, require_data)
+    except UserError as error:
+        yield Finding("recipe", "problem", str(error))
+        return
+    yield from check_run_folder(run)
+    yield check_memory(run)
+    if run.cache_limit is not None:
+        limit = f"{run.cache_limit / MIB:,.0f} MiB"
+        yield Finding("cache limit", "ok", f"{limit}, and every shard has another copy at a remote address")
+    sources = list(run.sources)
+    if not sources:
+        yield Finding("data", "ok", f"{recipe.data.path} is not prepared yet: the run prepares it first")
+        return
+    yield check_shm_space(sources, run.batch_shape, recipe.data.workers, environment.local_world_size)
+    yield from check_data_space(sources, run.cache_limit)
+    for source in sources:
+        yield from check_unfinished(source, fix)
+        yield from check_shards(source, fix)
+
+
+def check_versions(installed: Callable[[str], str] = version) -> Iterator[Finding]:
+    """Yield a problem for each package whose version is known to be bad. `installed` returns a package's version."""
+    problems, found = [], {}
     for package, versions, reason in BAD_VERSIONS:
         try:
-            found = installed(package)
+            found[package] = installed(package)
         except PackageNotFoundError:
-            bad.append(f"{package} is not installed")
+            problems.append(f"{package} is not installed: install what requirements.lock names")
             continue
-        if found in SpecifierSet(versions, prereleases=True):
-            bad.append(f"{package} {found} ({versions}): {reason}; install what requirements.lock names")
-    packages = dict.fromkeys(package for package, _, _ in BAD_VERSIONS)
-    fine = ", ".join(f"{package} {installed(package)}" for package in packages) if not bad else ""
-    yield from (Finding("versions", "problem", sentence) for sentence in bad)
-    if not bad:
-        yield Finding("versions", "ok", fine)
+        if found[package] in SpecifierSet(versions, prereleases=True):
+            problems.append(f"{package} {found[package]} ({versions}): {reason}; install what requirements.lock names")
+    yield from (Finding("versions", "problem", sentence) for sentence in problems)
+    if not problems:
+        yield Finding("versions", "ok", ", ".join(f"{package} {version}" for package, version in found.items()))
 
 
 def check_shared_memory(fix: bool) -> Iterator[Finding]:
-    """Segments and file locks of streaming, by owner, and whether that owner lives."""
-    kept = find_shared_files()
-    living = sum(one.in_use and bool(_in_shm(one.files)) for one in kept)
-    users = sorted({one.owner for one in kept if one.stale})
-    for user in users:
-        stale = [one for one in kept if one.stale and one.owner == user]
-        segments = [file for one in stale for file in _in_shm(one.files)]
-        locks = sum(len(one.files) for one in stale) - len(segments)
-        what = f"{len(segments)} segments and {locks} file locks of dead runs of {user}"
-        if not stale[0].ours:
-            yield Finding("shared memory", "warning", f"{what}: they are not yours to remove; tell {user}")
+    """Yield what killed runs left of streaming's segments and file locks, by owner; remove this user's with `fix`."""
+    found = find_shared_files()
+    stale = [one for one in found if one.stale]
+    for owner in sorted({one.owner for one in stale}):
+        theirs = [one for one in stale if one.owner == owner]
+        segments = sum(len(_segments(one.files)) for one in theirs)
+        locks = sum(len(one.files) for one in theirs) - segments
+        what = f"{segments} segments and {locks} file locks of dead runs of {owner}"
+        if not theirs[0].ours:
+            yield Finding("shared memory", "warning", f"{what}: only {owner} may remove them")
         elif fix:
             remove_stale()
             yield Finding("shared memory", "ok", f"removed {what}")
         elif segments:
             yield Finding("shared memory", "warning", f"{what}: --fix removes them, and so does the next run")
-    if not any(one.stale and _in_shm(one.files) for one in kept):
-        yield Finding("shared memory", "ok", f"nothing of dead runs; {living} datasets of living ones")
+    if not any(_segments(one.files) for one in stale):
+        in_use = sum(one.in_use and bool(_segments(one.files)) for one in found)
+        yield Finding("shared memory", "ok", f"nothing of dead runs; {in_use} datasets are in use")
 
 
-def _in_shm(files: tuple[Path, ...]) -> list[Path]:
+def _segments(files: tuple[Path, ...]) -> list[Path]:
     return [file for file in files if file.parent == SHM]
 
 
-def check_room_in_shm(
+def check_run_folder(run: ResolvedRun) -> Iterator[Finding]:
+    """Yield whether the run's folder has space for its checkpoints and, if it has some, can be resumed."""
+    recipe = run.recipe
+    folder = _nearest_folder(recipe.folder)
+    need = (recipe.checkpoint.keep_last + 1) * parameters(run.model_config) * CHECKPOINT_BYTES
+    remedy = "free some space, give another output=, or lower checkpoint.keep_last"
+    yield _not_writable("run", folder, "give another output=") or _space("run", folder, need, remedy)
+    if not complete_checkpoints(recipe.folder):
+        return
+    if not recipe.resume:
+        sentence = f"resume=false, but {recipe.folder} holds checkpoints: choose another name=, or remove that folder"
+        yield Finding("resume", "problem", sentence)
+        return
+    assert run.data_fingerprint is not None, "resolve requires data"
+    try:
+        check_same_run(recipe, run.data_fingerprint)
+    except UserError as error:
+        yield Finding("resume", "problem", str(error))
+    else:
+        yield Finding("resume", "ok", f"the recipe and the data are those of the run in {recipe.folder}")
+
+
+def check_memory(run: ResolvedRun) -> Finding:
+    """Compare the estimate of a step's memory with what a rank of this node has free."""
+    recipe, free = run.recipe, memory_free(run.environment)
+    limit = int(free * (1 - HEADROOM))
+    work = Workload.of(recipe, run.model_config, run.batch_shape, run.sequence_length, run.precision)
+    sharding = ZeroSharding.from_json(run.deepspeed, run.dims.world_size)
+    if recipe.model.segments_per_block == "auto":
+        segments = largest_block(work, sharding, limit)
+        work = work.in_blocks_of(segments or 1)
+    peak = estimate_memory(work, sharding).peak
+    sizes = f"a step takes about {peak / GIB:.1f} GiB of the {limit / GIB:.1f} GiB that a rank may take"
+    block = f"in blocks of {work.block_segments} segments"
+    if peak <= limit:
+        return Finding("memory", "ok", f"{sizes}, {block}")
+    state: Literal["warning", "problem"] = "problem" if recipe.model.segments_per_block == "auto" else "warning"
+    return Finding("memory", state, f"{sizes}, {block}: lower batch.micro_rows={work.rows}, or see the plan of the run")
+
+
+def check_shm_space(
     sources: list[DataSource], shape: BatchShape, workers: int, ranks: int, folder: Path = SHM
-) -> Iterator[Finding]:
-    """streaming keeps the order of an epoch there, and workers hand over their batches there."""
+) -> Finding:
+    """Check the space for the order of an epoch, which streaming keeps in shared memory, and for workers' batches."""
     rows = sum(shard["samples"] for source in sources for shard in source.shards("train"))
     batch = shape.rank_rows * sources[0].manifest.sequence_length * 4 * 8  # four tensors of int64
-    need = 8 * rows + ranks * workers * 3 * batch  # a worker holds two batches ahead and makes one
-    yield _room("/dev/shm", folder, need, "give the job more (docker run --shm-size), or lower data.workers")
+    need = 8 * rows + ranks * workers * 3 * batch  # a worker has two batches ready and a third in the making
+    return _space("/dev/shm", folder, need, "give the job more (docker run --shm-size), or lower data.workers")
 
 
-def check_room_for_run(recipe: Recipe, config: InfiniGPTNeoConfig) -> Iterator[Finding]:
-    count = parameters(config)
-    need = (recipe.checkpoint.keep_last + 1) * count * BYTES_A_PARAMETER
-    yield _writable("run", _existing(recipe.folder)) or _room(
-        "run", _existing(recipe.folder), need, "make room, give another output=, or lower checkpoint.keep_last"
-    )
-
-
-def check_room_for_data(recipe: Recipe, sources: list[DataSource], cache_limit: int | None) -> Iterator[Finding]:
-    """Room to expand shards where they lie, or to fetch them."""
+def check_data_space(sources: list[DataSource], cache_limit: int | None) -> Iterator[Finding]:
+    """Yield whether there is space to expand the shards of each source in place, or to fetch them."""
     for source in sources:
-        remedy = f"make room, or read it through data.cache on another disk: file://{source.folder.resolve()}"
+        elsewhere = f"file://{source.folder.resolve()}"
+        remedy = f"free some space, or read it through data.cache on another disk: {elsewhere}"
         if source.remote:
-            remedy = "make room, or give another data.cache= or a lower data.cache_limit="
-        shards = [(split, shard) for split in ("train", "validation") for shard in source.shards(split)]
+            remedy = "free some space, or give another data.cache= or a lower data.cache_limit="
         missing = sum(
             shard["raw_data"]["bytes"]
-            for split, shard in shards
+            for split in ("train", "validation")
+            for shard in source.shards(split)
             if not (source.folder / split / shard["raw_data"]["basename"]).is_file()
         )
         need = missing if cache_limit is None else min(missing, cache_limit)
-        finding = _writable("data", source.folder) if need else None
-        yield finding or _room("data", source.folder, need, remedy)
+        finding = None
+        if need:
+            finding = _not_writable("data", source.folder, f"read it through data.cache: {elsewhere} as its path")
+        yield finding or _space("data", source.folder, need, remedy)
 
 
-def _existing(folder: Path) -> Path:
+def _nearest_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
-def _writable(check: str, folder: Path) -> Finding | None:
+def _not_writable(check: str, folder: Path, remedy: str) -> Finding | None:
     if os.access(folder, os.W_OK | os.X_OK):
         return None
-    remedy = (
-        "give another output="
-        if check == "run"
-        else f"read it through data.cache: file://{folder.resolve()} as its path"
-    )
-    return Finding(check, "problem", f"{folder} may not be written by this user: {remedy}")
+    return Finding(check, "problem", f"this user may not write to {folder}: {remedy}")
 
 
-def _room(check: str, folder: Path, need: int, remedy: str) -> Finding:
+def _space(check: str, folder: Path, need: int, remedy: str) -> Finding:
     free = shutil.disk_usage(folder).free
     sizes = f"{folder} has {free / MIB:,.0f} MiB free, and {need / MIB:,.0f} MiB are needed"
     if free < need:
@@ -148,42 +220,42 @@ def _room(check: str, folder: Path, need: int, remedy: str) -> Finding:
 
 
 def check_shards(source: DataSource, fix: bool) -> Iterator[Finding]:
-    """Every shard that lies here against the hashes of its index."""
-    checked, size, bad = 0, 0, False
+    """Compare every shard on this node with the checksums of its index; remove damaged ones that can be restored."""
+    shards, size, is_sound = 0, 0, True
     for split in ("train", "validation"):
         for shard in source.shards(split):
             infos = [info for info in (shard["raw_data"], shard["zip_data"]) if info]
             files = {source.folder / split / info["basename"]: info for info in infos}
-            there = {file: info for file, info in files.items() if file.is_file()}
-            whole = [file for file, info in there.items() if is_intact(file, info["bytes"], info["hashes"])]
-            checked, size = checked + bool(there), size + sum(info["bytes"] for info in there.values())
-            damaged = [file for file in there if file not in whole]
-            for file in damaged:
-                bad = True
-                again = source.remote or next((str(other) for other in whole if other.suffix != ".mds"), None)
-                if again is None:
-                    remedy = "copy it again from where it came, or prepare the data anew with --force"
-                    yield Finding("shards", "problem", f"{file} is damaged: {remedy}")
-                elif fix:
-                    file.unlink(missing_ok=True)
-                    yield Finding(
-                        "shards", "ok", f"removed {file}, which was damaged; a run makes it anew from {again}"
-                    )
-                else:
-                    yield Finding(
-                        "shards", "warning", f"{file} is damaged: a run makes it anew from {again}, --fix removes it"
-                    )
-            if not there and not source.remote:
-                bad = True
-                yield Finding("shards", "problem", f"{next(iter(files))} is missing: copy it again from where it came")
-    if not bad:
-        yield Finding(
-            "shards", "ok", f"{checked} shards in {source.folder} as index.json says, {size / MIB:,.1f} MiB read"
-        )
+            present = {file: info for file, info in files.items() if file.is_file()}
+            intact = [file for file, info in present.items() if is_intact(file, info["bytes"], info["hashes"])]
+            shards, size = shards + bool(present), size + sum(info["bytes"] for info in present.values())
+            origin = source.remote or next((str(file) for file in intact if file.suffix != ".mds"), None)
+            for file in (file for file in present if file not in intact):
+                is_sound = False
+                yield _damaged_shard(file, origin, fix)
+            if not present and not source.remote:
+                is_sound = False
+                sentence = f"{next(iter(files))} is missing: copy it again from its origin"
+                yield Finding("shards", "problem", sentence)
+    if is_sound:
+        sentence = f"{shards} shards in {source.folder} match the checksums of index.json, {size / MIB:,.1f} MiB read"
+        yield Finding("shards", "ok", sentence)
+
+
+def _damaged_shard(file: Path, origin: str | None, fix: bool) -> Finding:
+    """Remove a damaged shard with `fix`, if a run can restore it from `origin`."""
+    if origin is None:
+        remedy = "copy it again from its origin, or prepare the data again with --force"
+        return Finding("shards", "problem", f"{file} is damaged: {remedy}")
+    if fix:
+        file.unlink(missing_ok=True)
+        return Finding("shards", "ok", f"removed {file}, which was damaged; a run restores it from {origin}")
+    sentence = f"{file} is damaged: a run restores it from {origin}, and --fix removes it"
+    return Finding("shards", "warning", sentence)
 
 
 def check_unfinished(source: DataSource, fix: bool) -> Iterator[Finding]:
-    """Files that a killed process was writing."""
+    """Yield how many files that a killed process was writing are left; remove them with `fix`."""
     files = [*source.folder.rglob(f"*{UNFINISHED}*"), *source.folder.rglob("*.mds.tmp")]
     old = [file for file in files if time.time() - file.stat().st_mtime > ABANDONED]
     if old and fix:
@@ -193,23 +265,3 @@ def check_unfinished(source: DataSource, fix: bool) -> Iterator[Finding]:
     elif old:
         what = f"{len(old)} unfinished files of killed runs in {source.folder}, such as {old[0].name}"
         yield Finding("leftovers", "warning", f"{what}: --fix removes them")
-
-
-def examine(recipe: Recipe, process: DistEnv, fix: bool) -> Iterator[Finding]:
-    """All checks of this node but that of the ranks."""
-    yield from check_versions()
-    yield from check_shared_memory(fix)
-    try:
-        run = resolve(recipe, process)
-    except UserError as error:
-        yield Finding("recipe", "problem", str(error))
-        return
-    sources, shape, limit = list(run.sources), run.batch_shape, run.cache_limit
-    yield from check_room_for_run(recipe, run.model_config)
-    if limit is not None:
-        yield Finding("cache limit", "ok", f"{limit / MIB:,.0f} MiB, and every shard has another copy far away")
-    yield from check_room_in_shm(sources, shape, recipe.data.workers, process.local_world_size)
-    yield from check_room_for_data(recipe, sources, limit)
-    for source in sources:
-        yield from check_unfinished(source, fix)
-        yield from check_shards(source, fix)

@@ -38,7 +38,7 @@ class EvaluationSection(Section):
         "tasks at step 0 of runs that start from others, at multiples of checkpoint.keep_every, and at the last step",
     )
     last: list[str] = key(["position"], "tasks of the last step only")
-    blimp: str | None = key(None, "a folder of JSONL files, or the dataset's name on the hub")
+    blimp: str | None = key(None, "a folder of BLiMP's or BabyLM's files, or the dataset's name on the hub")
     glue: str | None = key(None, "a folder with the tasks' files, or hub")
     options: dict[str, Any] = key({}, "other options of the evaluation: `limit: 40` becomes `--limit 40`")
 

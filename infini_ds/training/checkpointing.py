@@ -11,7 +11,7 @@ class Checkpointing(Hook):
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         recipe, state = trainer.recipe, trainer.state
         # Not after a step without rows: otherwise a rollback to it would count as progress.
-        due = state.step % recipe.checkpoint.every == 0 and step.predicted_tokens > 0
+        due = state.step % recipe.checkpoint.interval(recipe.steps) == 0 and step.predicted_tokens > 0
         if due or state.step == recipe.steps or trainer.shutdown.agreed:
             trainer.latest_checkpoint = checkpoints.save(
                 trainer.engine, recipe.folder, state, trainer.data_state, recipe.checkpoint, trainer.run.dims

@@ -1,5 +1,6 @@
 """DeepSpeed's engine. No other file of training knows DeepSpeed's names."""
 
+import json
 import logging
 import os
 import warnings
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from infini_ds.config.lr_schedule import factor, gate_factor
@@ -17,6 +19,7 @@ from infini_ds.config.recipe import Recipe
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.modeling import InfiniCausalLMOutput
 from infini_ds.training.optimizer_groups import parameter_groups
+from infini_ds.utils.errors import UserError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
@@ -54,10 +57,21 @@ class Engine:
         factors = {name: lambda step: factor(recipe.schedule, recipe.steps, step) for name in self._group_names}
         factors["gates"] = lambda step: gate_factor(recipe.schedule, recipe.steps, step)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, list(factors.values()))
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        try:
+            made = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        except ValidationError as error:  # a value of the JSON that is of another type than DeepSpeed declares
+            wrong = error.errors()[0]
+            given = f"{'.'.join(map(str, wrong['loc']))}={json.dumps(wrong['input'], default=str)}"
+            raise UserError(
+                f"deepspeed={recipe.deepspeed}: {given} is refused by DeepSpeed ({wrong['msg']}): correct it there"
+            ) from error
+        self._engine = made[0]
         # By default DeepSpeed rejects an fp32 step by the gradient's norm alone. With the optimizer on the CPU it takes
         # that norm in the backward pass, before `step(skip=True)` changes the gradient; this check comes after.
         self._engine.optimizer.check_grad_overflow = True
+        # DeepSpeed puts zero_to_fp32.py into each checkpoint. Called as its header says, it fails: it looks for a file
+        # `latest`, which these checkpoints do without.
+        self._engine._copy_recovery_script = lambda save_path: None
 
     @property
     def module(self) -> InfiniGPTNeoForCausalLM:

@@ -75,8 +75,8 @@ class Hook:
     def after_step(self, trainer: Trainer, step: Step) -> None:
         """After the optimizer step, which may have been skipped."""
 
-    def after_validation(self, trainer: Trainer, loss: float, loss_memory_off: float) -> None:
-        """After a validation that has not been aborted."""
+    def after_validation(self, trainer: Trainer, loss: float, loss_memory_off: float, gain_error: float) -> None:
+        """After a validation that has not been aborted. gain_error: standard error of loss_memory_off - loss."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """After the step's validation, if one is due. Not called for a step that leads to a rollback."""

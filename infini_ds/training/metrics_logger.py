@@ -53,10 +53,11 @@ class MetricsLogger(Hook):
             self.progress.advance()
         self.meter.stop()
 
-    def after_validation(self, trainer: Trainer, loss: float, loss_memory_off: float) -> None:
+    def after_validation(self, trainer: Trainer, loss: float, loss_memory_off: float, gain_error: float) -> None:
         trainer.log(f"validation loss {loss:.4f}, with the memory off {loss_memory_off:.4f}")
         figures = {"validation/loss": loss, "validation/loss_memory_off": loss_memory_off}
-        self._record(trainer, figures | {"validation/gained_by_memory": loss_memory_off - loss})
+        gain = {"validation/gained_by_memory": loss_memory_off - loss, "validation/gain_standard_error": gain_error}
+        self._record(trainer, figures | gain)
 
     def on_rollback(self, trainer: Trainer, reason: RollbackReason) -> None:
         self.progress.rewind(trainer.state.step)

@@ -1,5 +1,7 @@
 """Build the model of a recipe."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -9,13 +11,18 @@ from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCa
 from infini_ds.planning.hardware import memory_free
 from infini_ds.planning.memory_estimate import HEADROOM, Workload, ZeroSharding, estimate_memory, largest_block
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.pretrained import load_pretrained, read_config
 
 
 def build_model(recipe: Recipe, config: InfiniGPTNeoConfig, schedule: BlockSchedule) -> InfiniGPTNeoForCausalLM:
-    """Return the model with its initial weights, the same on every rank: from the recipe's seed, or from a folder."""
+    """Return the model with its initial weights, the same on every rank: from the recipe's seed, or from a folder.
+
+    Raises:
+        UserError: the folder's weights are damaged or incomplete.
+    """
     torch.manual_seed(recipe.seed)
     if recipe.model.start_from is not None:
-        model = InfiniGPTNeoForCausalLM.from_pretrained(recipe.model.start_from, config=config, dtype=torch.float32)
+        model = _pretrained(Path(recipe.model.start_from), config)
     else:
         model = InfiniGPTNeoForCausalLM(config)
     model.block_schedule = schedule
@@ -23,6 +30,15 @@ def build_model(recipe: Recipe, config: InfiniGPTNeoConfig, schedule: BlockSched
         model.gradient_checkpointing_enable()
     if recipe.model.compile:
         model.compile_layers()
+    return model
+
+
+def _pretrained(folder: Path, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCausalLM:
+    """Return the model of model.start_from. A rule that the recipe changes starts with parameters of its own."""
+    name = f"model.start_from={folder}"
+    rule_changes = read_config(folder, name).get("memory_rule", config.memory_rule) != config.memory_rule
+    may_lack = r"\.memory_parameters\." if rule_changes else None
+    model: InfiniGPTNeoForCausalLM = load_pretrained(InfiniGPTNeoForCausalLM, folder, name, config, may_lack)
     return model
 
 

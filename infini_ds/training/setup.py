@@ -26,6 +26,7 @@ from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.model_builder import build_model, fitting_block
 from infini_ds.training.stability import Stability
 from infini_ds.training.trainer import Trainer
+from infini_ds.utils.counts import short_count
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.rng import seed_everything
 
@@ -105,7 +106,7 @@ def log_summary(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     segments = trainer.model.block_schedule.segments_per_block or "all"
     logger.info(
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters, {recipe.steps} steps of {shape.rows} rows of "
+        f"{recipe.name}: {short_count(parameters)} parameters, {recipe.steps} steps of {shape.rows} rows of "
         f"{run.sequence_length} tokens in segments of {trainer.model.config.segment_length}, {segments} at once; "
         f"{run.dims.world_size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} "
         f"on {trainer.device.type}"

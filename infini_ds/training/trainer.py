@@ -21,7 +21,7 @@ from infini_ds.distributed.async_gather import AsyncGather
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.hooks import Hook, Step
-from infini_ds.training.validation import position_losses
+from infini_ds.training.validation import PositionLosses, gain_standard_error, position_losses
 
 if TYPE_CHECKING:  # imports DeepSpeed, which takes seconds
     from infini_ds.training.engine import Engine
@@ -175,11 +175,11 @@ class Trainer:
 
         Aborted, without a result, when a stop is requested.
         """
-        every, state = self.recipe.validation.every, self.state
+        every, state = self.recipe.validation.interval(self.recipe.steps), self.state
         is_due = every > 0 and state.validated != state.step and (state.step % every == 0 or self.is_complete)
         if not is_due or self.shutdown.agreed:
             return
-        means = []
+        measured: list[PositionLosses] = []
         for use_memory in (True, False):
             losses = position_losses(
                 self.model,
@@ -191,9 +191,11 @@ class Trainer:
             )
             if losses is None:
                 return
-            means.append(losses.mean)
-        state.validated, state.validation_loss = state.step, means[0]
-        self.call(Hook.after_validation, *means)
+            measured.append(losses)
+        on, off = measured
+        state.validated, state.validation_loss = state.step, on.mean
+        error = gain_standard_error(on, off, self.model.config.segment_length)
+        self.call(Hook.after_validation, on.mean, off.mean, error)
 
     def restore(self, checkpoint: Path, rows_to_skip: Collection[int]) -> None:
         """Load a checkpoint of this run, and skip rows from then on."""

@@ -25,6 +25,24 @@ class PositionLosses:
         return (self.loss.sum() / self.count.sum()).item()
 
 
+def gain_standard_error(on: PositionLosses, off: PositionLosses, segment_length: int) -> float:
+    """Return the standard error of the mean gain `off.mean - on.mean`, from how it differs between segments.
+
+    Gains of neighbouring tokens are alike, so a segment is one observation, weighted by its number of tokens (the
+    variance of a ratio of sums). The first segments have less to gain, which makes the estimate larger, not smaller.
+    0 if there is one segment, which has no memory.
+    """
+    gain, count = (
+        torch.stack([part.sum() for part in sums.double().split(segment_length)])
+        for sums in (off.loss - on.loss, on.count)
+    )
+    segments = int((count > 0).sum())
+    if segments < 2:
+        return 0.0
+    deviations = gain - gain.sum() / count.sum() * count
+    return (deviations.square().sum() * segments / (segments - 1)).sqrt().item() / count.sum().item()
+
+
 @torch.no_grad()
 def position_losses(
     model: InfiniGPTNeoForCausalLM,

@@ -12,16 +12,26 @@ class UserError(Exception):
     """
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like `name`, or None if no other one is like it.
+
+    Args:
+        cutoff: least similarity, from 0 to 1, as for `difflib.get_close_matches`.
+    """
+    near = difflib.get_close_matches(name, [other for other in known if other != name], n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
     """Return ": did you mean NEAREST?" for an unknown `name`, or "; known are ..." if no known name is near.
 
     Args:
         prefix: goes before the nearest name, such as "model.config.".
-        cutoff: least similarity, from 0 to 1, as for `difflib.get_close_matches`.
+        cutoff: as for `nearest`.
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f": did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+    near = nearest(name, known, cutoff)
+    return f": did you mean {prefix}{near}?" if near else f"; known are {', '.join(sorted(known))}"
 
 
 def first_line(error: BaseException) -> str:

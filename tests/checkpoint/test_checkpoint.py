@@ -51,6 +51,13 @@ def copy_of(run: Path, folder: Path) -> Path:
     return folder / run.name
 
 
+def test_a_checkpoint_holds_no_script_of_deepspeed(runs):
+    """Its zero_to_fp32.py fails when it is called as its header says; launch/convert.py reads these checkpoints."""
+    for checkpoint in complete_checkpoints(runs / "two"):
+        assert not [*checkpoint.glob("*.py"), *checkpoint.parent.glob("*.py")]
+        assert not [name for name in read_manifest(checkpoint).files if name.endswith(".py")]
+
+
 def test_damage_of_any_kind_is_found(runs, tmp_path):
     """A flipped bit in each file of a checkpoint of two ranks, a truncated file, a missing one."""
     checkpoint = copy_of(runs / "two", tmp_path) / "checkpoints" / "step-000020"

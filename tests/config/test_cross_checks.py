@@ -1,7 +1,6 @@
 """Checks that need more than one key: one sentence, with where each key was given."""
 
 import pytest
-from harness import ROOT
 
 from infini_ds.config.recipe import load_recipe
 from infini_ds.utils.errors import UserError
@@ -15,8 +14,10 @@ from infini_ds.utils.errors import UserError
         (["schedule.kind=wsd"], ["schedule.kind=wsd with schedule.decay_steps=0", "at least 1"]),
         (["schedule.warmup_steps=2000"], ["schedule.warmup_steps=2000", "more than steps=1000: shorten them"]),
         (["schedule.decay_steps=999", "schedule.kind=wsd"], ["schedule.decay_steps=999", "steps=1000"]),
+        (["schedule.decay_steps=99%", "schedule.kind=wsd"], ["schedule.decay_steps=99%", "steps=1000"]),
         (["checkpoint.keep_best=true", "validation.every=0"], ["checkpoint.every=500", "validation.every=0"]),
         (["checkpoint.keep_best=true", "validation.every=300"], ["checkpoint.every=500", "validation.every=300"]),
+        (["checkpoint.keep_best=true", "validation.every=30%"], ["checkpoint.every=500", "every=30% (300 steps)"]),
         (["stability.on_spike=roll_back", "stability.spike_sigmas=0"], ["no loss is a spike", "on_spike=flag"]),
         (["deepspeed=nowhere.json"], ["deepspeed=nowhere.json is not a file"]),
         (["data.path=x", "data.streams=[{path: a}]"], ["data.path=x and data.streams are both given"]),
@@ -33,12 +34,14 @@ def test_conflicts_get_a_sentence(overrides, words):
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
 
 
-def test_a_conflict_between_file_and_command_line_names_both():
-    file = ROOT / "launch" / "recipes" / "tiny-cpu.yaml"
+def test_a_conflict_between_file_and_command_line_names_both(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("batch: {rows: 2}\nschedule: {warmup_steps: 30}\n")
     with pytest.raises(UserError) as error:
         load_recipe(file, ["steps=010"])
     assert str(error.value).endswith(
-        f"more than steps=10: shorten them (schedule.warmup_steps in {file}, steps on the command line)"
+        "more than steps=10: shorten them, or give shares of the steps, such as schedule.warmup_steps=10% "
+        f"(schedule.warmup_steps in {file}, steps on the command line)"
     )
 
 

@@ -6,7 +6,14 @@ import pytest
 from harness import ROOT
 
 from infini_ds.config.batch_shape import batch_shape
-from infini_ds.config.deepspeed_config import FOLDER, deepspeed_config, default_file
+from infini_ds.config.deepspeed_config import (
+    ELSEWHERE,
+    FOLDER,
+    KNOWN_KEYS,
+    KNOWN_KEYS_OF_GROUPS,
+    deepspeed_config,
+    default_file,
+)
 from infini_ds.config.recipe import load_recipe
 from infini_ds.utils.errors import UserError
 
@@ -40,6 +47,16 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
     [
         ({"zero_optimisation": {}}, ["unknown key zero_optimisation", "did you mean zero_optimization?"]),
         ({"zzz": 1}, ["unknown key zzz", "known are aio, bf16"]),
+        ({"fp16": {"enabled": True}}, ["fp16 in deepspeed=", "bf16 or fp32, by precision="]),
+        ({"bfloat16": {}}, ["bfloat16 in deepspeed=", "write that"]),
+        ({"optimizer": {"type": "AdamW"}}, ["optimizer in deepspeed=", "optimizer.learning_rate"]),
+        ({"scheduler": {}}, ["scheduler in deepspeed=", "schedule.kind"]),
+        ({"activation_checkpointing": {}}, ["model.gradient_checkpointing"]),
+        ({"tensor_parallel": {}}, ["tensor_parallel in deepspeed=", "this project does not support it"]),
+        ({"gradient_cliping": 1}, ["unknown key gradient_cliping", "did you mean gradient_clipping?"]),
+        ({"zero_optimization": {"stage": 2, "overlap_com": 1}}, ["did you mean zero_optimization.overlap_comm?"]),
+        ({"zero_optimization": {"stage": 2, "zzz": 1}}, ["unknown key zero_optimization.zzz", "known are allgather_"]),
+        ({"bf16": {"enable": False}}, ["unknown key bf16.enable ", "did you mean bf16.enabled?"]),
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage=3", "stage 1 or 2"]),
         ({"zero_optimization": {}}, ["zero_optimization.stage=null", "stage 1 or 2"]),
         ({"zero_optimization": 2}, ["not an object"]),
@@ -68,3 +85,17 @@ def test_a_file_that_is_no_json_object_gets_a_sentence(text, tmp_path):
     recipe = load_recipe(None, ["batch.rows=4"])
     with pytest.raises(UserError, match=r"is not (JSON|an object)"):
         deepspeed_config(file, recipe, batch_shape(recipe.batch, 256, 1), "fp32")
+
+
+def test_known_keys_of_groups_are_those_that_deepspeed_declares():
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for group, declared in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        names = {name for key, field in declared.model_fields.items() for name in (key, field.alias) if name}
+        assert KNOWN_KEYS_OF_GROUPS[group] == names
+
+
+def test_what_has_another_place_is_not_called_unknown_or_misspelled():
+    assert not KNOWN_KEYS & set(ELSEWHERE)
+    assert all(sentence.endswith(("leave it out", "write that")) for sentence in ELSEWHERE.values())

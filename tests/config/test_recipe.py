@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from infini_ds.config.batch_shape import batch_shape
 from infini_ds.config.keys import Key, list_keys
 from infini_ds.config.loader import Loader
-from infini_ds.config.recipe import RECIPE_FILE, Recipe, StreamSection, load_recipe, load_run_recipe
+from infini_ds.config.recipe import RECIPE_FILE, SYNONYMS, Recipe, StreamSection, load_recipe, load_run_recipe
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
 
@@ -50,6 +50,16 @@ def test_defaults_are_a_recipe():
         ("stepz=3", ["unknown key stepz on the command line", "did you mean steps?"]),
         ("model.segmnt_length=3", ["unknown key model.segmnt_length", "did you mean model.segment_length?"]),
         ("learning_rate=1", ["unknown key learning_rate", "did you mean optimizer.learning_rate?"]),
+        ("optimizer.lr=1", ["unknown key optimizer.lr", "did you mean optimizer.learning_rate?"]),
+        ("model.hidden_size=64", ["unknown key model.hidden_size", "did you mean model.config.hidden_size?"]),
+        ("batch_size=8", ["did you mean batch.rows?"]),
+        ("epochs=1", ["did you mean steps?"]),
+        ("STEPS=1", ["did you mean steps?"]),
+        ("+steps=1", ["did you mean steps?"]),
+        ("optimizer.learning-rate=1", ["did you mean optimizer.learning_rate?"]),
+        ("model.rotary=1", ["unknown key model.rotary", "known are preset, start_from"]),
+        ("steps\u200b=1", [r"unknown key 'steps\u200b'", "did you mean steps?"]),
+        (".steps=1", ["unknown key ''", "known are name"]),
         ("keep_best=1", ["did you mean checkpoint.keep_best?"]),
         ("zzz=1", ["unknown key zzz", "known are name, output, steps"]),
         ("a.b.c=1", ["unknown key a on the command line"]),
@@ -102,6 +112,22 @@ def test_mistakes_get_a_sentence(override, words):
         load_recipe(None, ["batch.rows=4", override])
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("key", [*(key.name for key in KEYS), *SYNONYMS])
+def test_no_hint_names_the_key_that_was_typed(key):
+    """Nor a key that is refused as unknown in its turn."""
+    last = key.rpartition(".")[2]
+    for typed in (last, f"model.{last}", f"x.{key}", f"{key[:-1]}", f"{key}s", f"{key.upper()}", key.replace("_", "-")):
+        try:
+            load_recipe(None, ["batch.rows=1", f"{typed}=1"])
+        except UserError as error:
+            if "did you mean" in str(error):
+                hint = str(error).partition("did you mean ")[2].partition("?")[0].partition(",")[0]
+                assert hint != typed
+                with pytest.raises(UserError) as second:
+                    load_recipe(None, ["batch.rows=1", f"{hint}=[1"])
+                assert "unknown key" not in str(second.value)
 
 
 def bounds_of(key: Key) -> dict[str, float]:
@@ -263,6 +289,21 @@ def test_the_command_line_comes_after_the_file_and_an_empty_file_gives_defaults(
     assert (recipe.steps, recipe.batch.rows, recipe.batch.micro_rows, recipe.schedule.warmup_steps) == (8, 2, 2, 1)
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_recipe(tmp_path / "empty.yaml", ["batch.rows=2"]) == load_recipe(None, ["batch.rows=2"])
+
+
+def test_an_empty_list_of_streams_replaces_no_path(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("batch: {rows: 2}\ndata: {path: data/books}\n")
+    data = load_recipe(file, ["data.streams=[]"]).data
+    assert data.path == "data/books" and data.streams == ()
+
+
+def test_the_home_folder_of_a_recipe_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("batch: {rows: 2}\nsteps: 777\n")
+    assert load_recipe("~/recipe.yaml").steps == 777
+    with pytest.raises(UserError, match=r"--config ~/none\.yaml does not exist"):
+        load_recipe("~/none.yaml")
 
 
 def test_streams_on_the_command_line_replace_the_path_of_a_file_and_the_other_way_round(tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from alone import run_alone
 from harness import ROOT, call_script, environment, pretrain, run_script
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
@@ -14,20 +15,8 @@ from infini_ds.conversion.locate import ModelLocation, load_model, load_tokenize
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 
-# A process with torch and transformers, but without this project's packages and the libraries for training.
-ALONE = """
-import importlib.util
-import sys
-from pathlib import Path
-
-folder, out, project = sys.argv[1:]
-# As if the project were not installed: neither on the path, nor by the finder of an editable installation.
-sys.path = [path for path in sys.path if not Path(path or ".", "infini_ds").exists()]
-sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
-for name in ("infini_ds", "data_prep"):
-    assert importlib.util.find_spec(name) is None, name
-for name in ("infini_ds", "data_prep", "deepspeed", "streaming", "datasets", "omegaconf"):
-    sys.modules[name] = None  # an import of it fails
+USE = """
+import re
 import torch
 from transformers import (
     AutoConfig,
@@ -38,6 +27,7 @@ from transformers import (
     pipeline,
 )
 
+folder, out, project = sys.argv[1:]
 # Loaded first, when transformers 4 has not yet copied the code that the other class of the folder needs.
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -52,9 +42,16 @@ with torch.no_grad():
     torch.testing.assert_close(base(ids).last_hidden_state[:, -1], state)
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
+(example,) = re.findall("^```python$(.*?)^```$", Path(folder, "README.md").read_text(), re.MULTILINE | re.DOTALL)
+names = {}
+exec(example, names)  # in the folder that holds the export
+prompt, output = names["prompt"], names["output"]
+assert prompt[0, 0] == 0 and (prompt == 0).sum() == 1 and output.shape[1] > prompt.shape[1]
 files = [getattr(module, "__file__", None) or "" for module in sys.modules.values() if module is not None]
 assert not [file for file in files if file.startswith((f"{project}/infini_ds/", f"{project}/data_prep/"))]
 """
+
+CLASSES = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +66,8 @@ def test_an_export_has_all_files_and_a_card(exported):
     shards = list(exported.glob("model-*.safetensors"))
     assert len(shards) > 2 and (exported / "model.safetensors.index.json").exists()
     config = json.loads((exported / "config.json").read_text())
-    classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
-    assert set(config["auto_map"]) == classes
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *CLASSES}
+    (suffix,) = {reference.split(".")[0].split("_")[-1] for reference in config["auto_map"].values()}
     assert config["segment_length"] == 32 and config["vocab_size"] == 512
     card = (exported / "README.md").read_text()
     validation = [line for line in read_metrics(exported.parent) if "validation/loss" in line][-1]
@@ -82,18 +79,13 @@ def test_an_export_has_all_files_and_a_card(exported):
     ):
         assert words in card, words
     assert (exported / "tokenizer.json").exists() and (exported / "generation_config.json").exists()
-    code = {path.name for path in (ROOT / "infini_ds" / "model").glob("*.py")} - {"__init__.py", "presets.py"}
-    assert {path.name for path in exported.glob("*.py")} == code
+    code = {path.stem for path in (ROOT / "infini_ds" / "model").glob("*.py")} - {"__init__", "presets"}
+    assert {path.name for path in exported.glob("*.py")} == {f"{module}_{suffix}.py" for module in code}
 
 
 def test_an_export_works_without_this_project(exported, tmp_path):
     """In a new process that cannot import the project. It gives the logits of the checkpoint."""
-    variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "out.pt"), str(ROOT)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone(USE, exported, tmp_path / "out.pt", ROOT, cwd=exported.parent, cache=tmp_path / "cache")
     alone = torch.load(tmp_path / "out.pt")
     model = load_model(locate(exported.parent))
     with torch.no_grad():
@@ -195,10 +187,32 @@ def test_mistakes_in_generate_are_one_sentence(exported, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for arguments, words in (
         (["--file", tmp_path / "binary"], "cannot be read as text"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 must be a finite number of at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan must be a finite number of at least 0"),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature inf must be"),
+        (["--prompt", "a", "--top-p", "nan"], "--top-p nan must be above 0 and at most 1"),
     ):
         done = call_script("launch/generate.py", exported, *arguments, code=2)
         assert words in done.stderr and "Traceback" not in done.stderr
+    done = run_script("launch/generate.py", exported, stdin="", code=2)
+    assert done.stderr.startswith("error: no prompt: standard input is empty")
+
+
+def test_generate_ends_quietly_with_the_program_that_reads_its_text(exported):
+    """`python launch/generate.py ... | head -n 1`, and standard input closed."""
+    command = [sys.executable, "launch/generate.py", exported, "--max-new-tokens", "500", "--seed", "1"]
+    shell = 'exec "$@" <&-'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, "-", *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
 
 
 def test_report(exported):

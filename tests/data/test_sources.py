@@ -11,6 +11,7 @@ from shards import flip
 from data_prep.prepare import PrepareOptions, prepare
 from infini_ds.config.training_data import check_cache_limit, find_sources
 from infini_ds.data.cache_limit import PREFETCH_BATCHES
+from infini_ds.data.sources import StreamSpec, open_sources
 from infini_ds.data.streams import TrainingStream
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.utils.errors import UserError
@@ -122,3 +123,15 @@ def test_moved_data_is_the_same_and_other_data_is_refused(many, shards, tmp_path
     ):
         with pytest.raises(UserError, match=words):
             pretrain(shards, tmp_path, "run", *more, "steps=6", *overrides)
+
+
+def test_data_that_is_missing_names_its_key(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^data\.path=/nowhere: no such folder of prepared data; make it"):
+        find_sources("/nowhere", (), "cache")
+    with pytest.raises(UserError, match=rf"^data\.path={tmp_path}: it holds no manifest\.json"):
+        find_sources(str(tmp_path), (), "cache")
+    with pytest.raises(UserError, match=r"^--data=/nowhere: no such folder"):
+        open_sources([StreamSpec("--data", "/nowhere")], "cache", "the cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"^--data=~: it holds no manifest\.json"):
+        open_sources([StreamSpec("--data", "~")], "cache", "the cache")

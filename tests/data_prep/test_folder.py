@@ -61,6 +61,7 @@ def test_a_finished_folder_is_left_alone_and_never_the_users(folder, tmp_path, c
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
     assert_fails(["--out", "--vocab-size 400 there, 300 here", "--force"], **options | {"vocab_size": 300})
+    assert_fails(["--subset not given there, x here"], **options | {"source": f"hf:{folder}", "subset": "x"})
     (tmp_path / "out" / "notes").write_text("mine")
     assert_fails(["--force", "notes"], **options | {"vocab_size": 300, "force": True})
     (tmp_path / "out" / "notes").unlink()

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from preparing import SMALL, TEXTS, written_files
 from shards import read_rows, read_token_documents
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.packing import Packer, Row, decode_row, encode_row, mds_columns, token_dtype
 from data_prep.prepare import PrepareOptions, load_manifest, prepare
 from data_prep.splits import text_hash
-from data_prep.text_chunks import can_split, split_text
 from infini_ds.streaming_compat.library import MDSWriter, StreamingDataset
 
 
@@ -87,17 +85,6 @@ def test_the_tokenizer_is_an_ordinary_one(prepared):
     ]
     text = "  spaces,\ttabs\r\nand 東京 \U0001f40d"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_cut_pieces_give_the_same_tokens(prepared, monkeypatch):
-    monkeypatch.setattr("data_prep.text_chunks.CHUNK_CHARACTERS", 50)
-    spec = (prepared / "tokenizer" / "tokenizer.json").read_text()
-    tokenizer = Tokenizer.from_str(spec)
-    text = "".join(TEXTS) + " \n\n x\u00a0 \x1c y\u2028 z  "
-    pieces = list(split_text(text))
-    assert can_split(spec) and len(pieces) > 1000 and "".join(pieces) == text
-    assert [token for piece in pieces for token in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
-    assert not can_split(spec.replace('"normalizer": null', '"normalizer": {"type": "NFC"}'))
 
 
 def test_workers_do_not_change_the_result_of_long_documents(tmp_path):

@@ -120,6 +120,9 @@ def test_mistakes_are_one_sentence(runs, exported, sentences, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.jsonl").write_text('{"text": "no pair"}\n')
+    hidden = tmp_path / "without" / ".ipynb_checkpoints"
+    hidden.mkdir(parents=True)
+    (hidden / "notes.jsonl").write_text('{"text": "no pair"}\n')
     cases = {
         (runs / "one", "--tasks", "positon"): "--tasks positon is not a task: did you mean position?",
         (runs / "one", "--rows", "-1"): "--rows -1 must be at least 0",
@@ -130,7 +133,7 @@ def test_mistakes_are_one_sentence(runs, exported, sentences, tmp_path):
         (tmp_path,): "is neither an exported folder",
         (exported, "--tasks", "position"): "name a folder of data_prep with --data",
         (exported, "--data", tmp_path): "is no finished folder of prepared data",
-        (exported, "--tasks", "blimp", "--blimp", tmp_path): "holds no .jsonl files",
+        (exported, "--tasks", "blimp", "--blimp", hidden.parent): "holds no .jsonl or .json files",
         (exported, "--tasks", "blimp", "--blimp", empty): "each line is JSON with sentence_good and sentence_bad",
         (exported, "--tasks", "blimp"): "nyu-mll/blimp: no such folder, and no such dataset on the hub",
         (exported, "--tasks", "recall", "--recall", "pears"): "did you mean pairs?",

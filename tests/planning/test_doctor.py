@@ -1,4 +1,4 @@
-"""The doctor: each fault is made for real, found, and mended where that is safe."""
+"""The doctor: each fault is produced for real, found, and repaired where that is safe."""
 
 import os
 import shutil
@@ -11,11 +11,11 @@ import pytest
 from harness import ROOT, TINY, call_script, environment
 
 from infini_ds.config.batch_shape import BatchShape
-from infini_ds.config.recipe import load_recipe
+from infini_ds.config.recipe import load_recipe, load_run_recipe
 from infini_ds.config.training_data import find_sources
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.planning import doctor
-from infini_ds.planning.doctor import check_room_in_shm, check_versions, examine
+from infini_ds.planning.doctor import check_node, check_shm_space, check_versions
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def data(shards, tmp_path) -> Path:
 
 def findings(data, tmp_path, *overrides: str, fix: bool = False) -> list[tuple[str, str, str]]:
     recipe = load_recipe(None, [f"data.path={data}", f"output={tmp_path / 'runs'}", *TINY, *overrides])
-    return [(one.check, one.state, one.sentence) for one in examine(recipe, DistEnv(0, 0, 1, 1), fix)]
+    return [(one.check, one.state, one.sentence) for one in check_node(recipe, DistEnv(0, 0, 1, 1), fix)]
 
 
 def those(found, *states: str) -> list[tuple[str, str]]:
-    """Without shared memory: other runs of this machine may leave something at any time."""
+    """Return the findings in these states, without shared memory, where other runs may leave something at any time."""
     return [(check, sentence) for check, state, sentence in found if state in states and check != "shared memory"]
 
 
@@ -47,7 +47,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_sound_node_has_no_problem_and_the_script_says_so(data, tmp_path):
+def test_sound_node_has_no_problem_and_the_script_prints_that(data, tmp_path):
     assert those(findings(data, tmp_path), "warning", "problem") == []
     done = call_script("launch/doctor.py", f"data.path={data}", f"output={tmp_path}", *TINY)
     lines = done.stdout.splitlines()
@@ -56,11 +56,11 @@ def test_sound_node_has_no_problem_and_the_script_says_so(data, tmp_path):
     assert not any("\x1b[" in line for line in lines)
 
 
-def test_damaged_shards_are_found_and_removed_where_they_can_be_made_anew(data, tmp_path):
+def test_damaged_shards_are_found_and_removed_where_they_can_be_restored(data, tmp_path):
     expanded = data / "train" / "shard.00000.mds"
     flip(expanded)
     assert those(findings(data, tmp_path), "warning") == [
-        ("shards", f"{expanded} is damaged: a run makes it anew from {expanded}.zstd, --fix removes it")
+        ("shards", f"{expanded} is damaged: a run restores it from {expanded}.zstd, and --fix removes it")
     ]
     assert not those(findings(data, tmp_path, fix=True), "warning", "problem") and not expanded.exists()
     assert those(findings(data, tmp_path), "warning", "problem") == []
@@ -78,8 +78,8 @@ def test_damaged_shards_are_found_and_removed_where_they_can_be_made_anew(data, 
 def test_cache_limit_leftovers_and_missing_data(data, tmp_path):
     ((check, sentence),) = those(findings(data, tmp_path, "data.cache_limit=1GB"), "problem")
     assert check == "recipe" and "the only copy: name it file://" in sentence
-    far = f"file://{data}"
-    assert not those(findings(far, tmp_path, f"data.cache={tmp_path / 'cache'}", "data.cache_limit=1GB"), "problem")
+    remote = f"file://{data}"
+    assert not those(findings(remote, tmp_path, f"data.cache={tmp_path / 'cache'}", "data.cache_limit=1GB"), "problem")
 
     left = data / "train" / "shard.00000.mds.unfinished-host-1"
     fresh = data / "train" / "shard.00000.mds.unfinished-host-2"
@@ -95,7 +95,35 @@ def test_cache_limit_leftovers_and_missing_data(data, tmp_path):
     assert check == "recipe" and "/nowhere" in sentence
 
 
-def test_room(data, tmp_path):
+def test_what_training_refuses_to_resume_is_a_problem(runs, shards):
+    """With the checks of training itself, on a run that it trained."""
+    recipe = load_run_recipe(runs / "one")
+
+    def found(**changes) -> list[tuple[str, str]]:
+        changed = recipe.model_copy(update={"output": str(runs), "name": "one"} | changes)
+        return [
+            (one.state, one.sentence)
+            for one in check_node(changed, DistEnv(0, 0, 1, 1), fix=False)
+            if one.check == "resume"
+        ]
+
+    assert [state for state, _ in found()] == ["ok"]
+    ((state, sentence),) = found(seed=recipe.seed + 1)
+    assert state == "problem" and sentence.startswith(f"seed={recipe.seed + 1}, but the run in ")
+    ((state, sentence),) = found(resume=False)
+    assert state == "problem" and sentence.startswith("resume=false, but ")
+
+
+def test_a_step_that_does_not_fit_is_a_warning_and_a_problem_for_automatic_blocks(data, tmp_path):
+    rows = ["batch.rows=40000000", "batch.micro_rows=40000000"]
+    ((check, sentence),) = those(findings(data, tmp_path, *rows), "warning")
+    assert check == "memory" and "GiB that a rank may take" in sentence and "batch.micro_rows=40000000" in sentence
+    rows += ["model.segments_per_block=auto", "model.gradient_checkpointing=true"]
+    ((check, sentence),) = those(findings(data, tmp_path, *rows), "problem")
+    assert check == "memory" and "in blocks of 1 segments" in sentence
+
+
+def test_space(data, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", small], capture_output=True).returncode:
@@ -106,9 +134,9 @@ def test_room(data, tmp_path):
         )
         assert check == "run" and f"{small} has 0 MiB free" in sentence and "output=" in sentence
         sources = find_sources(str(data), [], "")
-        (found,) = check_room_in_shm(sources, BatchShape(64, 1, 1), workers=4, ranks=1, folder=small)
+        found = check_shm_space(sources, BatchShape(64, 1, 1), workers=4, ranks=1, folder=small)
         assert found.state == "problem" and "--shm-size" in found.sentence
-        (found,) = check_room_in_shm(sources, BatchShape(4, 1, 1), workers=0, ranks=1, folder=small)
+        found = check_shm_space(sources, BatchShape(4, 1, 1), workers=0, ranks=1, folder=small)
         assert found.state == "ok"
         packed = shutil.copytree(data, small / "data", ignore=shutil.ignore_patterns("*.mds"))
         (small / "filler").write_bytes(b"\0" * (shutil.disk_usage(small).free - 8192))
@@ -119,7 +147,7 @@ def test_room(data, tmp_path):
 
 
 def test_shared_memory_of_the_dead_is_removed(data):
-    """As a run leaves it that was killed as a whole; a number so high that no run takes it."""
+    """As a run leaves it whose processes were all killed, with a prefix so high that no run takes it."""
     files = [doctor.SHM / "987654_locals", doctor.SHM / "987654_barrier", Path("/tmp/987654_cache_filelock")]
     for file in files:
         file.write_bytes(b"\0\0\0\0")
@@ -141,7 +169,7 @@ def test_bad_versions_are_named():
     assert sentences[2].startswith("torch 2.5.1+cu121") and len(sentences) == 3
 
 
-def test_ranks_meet_or_are_missed(tmp_path):
+def test_ranks_that_find_each_other_and_ranks_that_are_missing(tmp_path):
     done = call_script("launch/doctor.py", "--only-ranks", "--ranks", "2")
     assert done.stdout.startswith("ok      ranks         2 ranks on ") and "by gloo" in done.stdout, done.stdout
     port = str(25_000 + os.getpid() % 20_000)

@@ -116,12 +116,14 @@ def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, rank
     return run_script(*options, *arguments, program=launcher, code=code)
 
 
-def start_ranks(ranks: int, *arguments: str, script: str = "launch/pretrain.py", **variables: str) -> list[Fork]:
+def start_ranks(
+    ranks: int, *arguments: str, script: str = "launch/pretrain.py", cwd: Path = ROOT, **variables: str
+) -> list[Fork]:
     """Start `script` as `ranks` processes without a launcher, each the leader of a process group."""
     shared = variables | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [Fork(script, *arguments, cwd=ROOT, env=environment(**shared, **place)) for place in places]
+    return [Fork(script, *arguments, cwd=cwd, env=environment(**shared, **place)) for place in places]
 
 
 def run_ranks(ranks: int, *arguments: str) -> str:

@@ -14,6 +14,7 @@ from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.recipe import load_recipe
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.training.engine import Engine
+from infini_ds.utils.errors import UserError
 
 CHOICES = ["batch.rows=2", "steps=10", "schedule.warmup_steps=4", "optimizer.learning_rate=0.01"]
 
@@ -141,3 +142,10 @@ def test_a_loaded_engine_continues_to_the_bit_with_the_schedule_of_its_recipe(tm
     other = make_engine("schedule.warmup_steps=2", "schedule.kind=constant")
     other.load(tmp_path / "step-2")
     assert other.learning_rates()["decay"] == 0.01
+
+
+def test_a_value_of_the_json_that_deepspeed_refuses_gets_a_sentence(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}')
+    with pytest.raises(UserError, match=r'deepspeed=.*ds.json: overlap_comm="perhaps" is refused by DeepSpeed \(Input'):
+        make_engine(f"deepspeed={file}", json_file=file)

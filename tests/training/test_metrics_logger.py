@@ -18,6 +18,7 @@ def test_metrics_hold_what_is_promised(runs):
         for head in range(2):
             assert abs(last[f"gate/layer_{layer}/head_{head}"] - 0.5) > 1e-3  # gates move from the start
     assert [line["step"] for line in lines if "validation/loss" in line] == [0, 10, 20]
+    assert all(line["validation/gain_standard_error"] > 0 for line in lines if "validation/loss" in line)
     events = EventAccumulator(str(runs / "one"))
     events.Reload()
     tags = events.Tags()

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from infini_ds.utils.counts import short_count
 from infini_ds.utils.errors import did_you_mean, first_line
 from infini_ds.utils.rng import get_rng_states, seed_everything, set_rng_states
+
+
+def test_short_counts_keep_a_digit():
+    numbers = (0, 812, 999, 1000, 47_312, 99_990, 999_949, 999_950, 1_412_000, 1_315_575_808)
+    shown = "0 812 999 1.0k 47.3k 100.0k 999.9k 1.0M 1.4M 1.3B"
+    assert " ".join(map(short_count, numbers)) == shown
 
 
 def test_did_you_mean():

@@ -4,6 +4,7 @@ Tasks and metrics are those of the BabyLM pipeline of 2023, github.com/babylm/ev
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -103,7 +104,7 @@ class Glue(EvaluationTask[GlueResult]):
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
         names = ", ".join(GLUE_TASKS)
         add = parser.add_argument
-        add("--glue", default=HUB, help="folder of JSON lines, or hub (default: %(default)s)")
+        add("--glue", type=os.path.expanduser, default=HUB, help="folder of JSON lines, or hub (default: %(default)s)")
         add("--glue-tasks", nargs="+", default=list(GLUE_TASKS), metavar="TASK", help=f"(default: {names})")
         add("--finetune", nargs="+", default=[], metavar="key=value", help="such as learning_rate=5e-5 epochs=10")
 

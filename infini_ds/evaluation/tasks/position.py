@@ -6,6 +6,7 @@ If the memory of another document lowers the loss as much, the memory carries st
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,7 +122,11 @@ class Position(EvaluationTask[PositionResult]):
     result_type = PositionResult
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument("--data", help="folder that data_prep made, or its address (default: the run's own data)")
+        parser.add_argument(
+            "--data",
+            type=os.path.expanduser,
+            help="folder that data_prep made, or its address (default: the run's own data)",
+        )
         parser.add_argument(
             "--rows",
             type=integer("--rows", 0),
