@@ -1,13 +1,14 @@
 # make pretrain    text -> shards -> training -> Hugging Face folder -> report, on whatever hardware there is
 # make study       the study in small: a grid of runs, evaluated, with one report; half an hour on two cores
 # make test        the whole test suite
+# make test-transformers  the model's tests with the oldest and the newest transformers 5; TRANSFORMERS=5.24.0: with this one
 # make test-slurm  the job script, on the Slurm of two nodes that SLURM_CONF names
 PYTHON ?= python3
 # Options for launch/quickstart.py, launch/study.py or pytest, such as ARGS="steps=500" or ARGS="-k memory".
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: pretrain study test test-slurm lint format lock clean
+.PHONY: pretrain study test test-transformers test-slurm lint format lock clean
 
 pretrain: $(INSTALLED)
 	@.venv/bin/python launch/quickstart.py $(ARGS)
@@ -17,6 +18,13 @@ study: $(INSTALLED)
 
 test: $(INSTALLED)
 	@.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# TRANSFORMERS: versions such as "5.0.0 5.24.0", or "newest" for the newest 5 of the package index.
+TRANSFORMERS ?= 5.0.0 newest
+TRANSFORMERS_TESTS ?= tests/model tests/conversion/test_transformers_versions.py
+
+test-transformers: $(INSTALLED)
+	@tests/support/test_transformers.sh "$(TRANSFORMERS)" $(TRANSFORMERS_TESTS) $(ARGS)
 
 test-slurm: $(INSTALLED)
 	@.venv/bin/python -m pytest -s tests/slurm/check_jobs.py $(ARGS)

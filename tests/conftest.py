@@ -26,6 +26,12 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often tests/training/test_faults.py kills its job")
 
 
+def pytest_configure(config) -> None:
+    for name in ("accelerate_tests", "flash_attn_test", "flash_attn_3_test", "order", "torch_compile_test"):
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+    config.addinivalue_line("markers", "torch_export_test: of transformers' own tests")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder of 20 real texts, modules of the standard library, and a few of a line or two."""

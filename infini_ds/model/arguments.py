@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, E width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ def reject_unknown_arguments(arguments: dict) -> None:
     for name, value in arguments.items():
         if name not in IGNORED and not (value is None or value is False):
             raise TypeError(f"forward() of Infini-GPT-Neo has no argument {name}={value!r:.80}")
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """Return the cache, whichever of the two names it was passed by.
+
+    Raises:
+        ValueError: two different caches.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument: pass one of them")
+    return past_key_values if cache is None else cache
 
 
 def reject_attentions(output_attentions: bool | None, config: object) -> None:

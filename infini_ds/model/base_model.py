@@ -22,6 +22,7 @@ from .arguments import (
     check_token_types,
     checked_mask,
     documents_of_positions,
+    one_cache,
     one_of_ids_and_embeds,
     reject_attentions,
     reject_unknown_arguments,
@@ -72,8 +73,11 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, InfiniAttention):
             nn.init.constant_(module.beta, self.config.gate_init)
-            for name, initial in module.rule.parameters(self.config).items():
-                parameter = module.memory_parameters[name]
+        if isinstance(
+            module, nn.ParameterDict
+        ):  # of an InfiniAttention, which transformers 5 skips if `beta` is loaded
+            for name, initial in get_memory_rule(self.config.memory_rule).parameters(self.config).items():
+                parameter = module[name]
                 if not getattr(parameter, "_is_hf_initialized", False):  # transformers' flag of loaded weights
                     parameter.data.copy_(initial)
 
@@ -147,6 +151,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: InfiniCache | None = None,
         **unknown,
     ) -> InfiniModelOutput | tuple:
         """Return the hidden states of all tokens; for the arguments see `InfiniGPTNeoForCausalLM.forward`."""
@@ -160,7 +165,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             input_ids,
             attention_mask,
             document_ids,
-            past_key_values,
+            one_cache(past_key_values, cache),
             use_cache,
             use_memory,
             memory_of,
@@ -170,9 +175,9 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         )
         outputs, memory, hidden_states = self.run_blocks(context, hidden_alone, self, output_hidden_states)
         output = InfiniModelOutput(
-            last_hidden_state=context.in_order([hidden for (hidden,) in outputs]),
-            past_key_values=context.cache,
-            hidden_states=hidden_states,
+            context.in_order([hidden for (hidden,) in outputs]),  # type: ignore[arg-type]
+            context.cache,
+            hidden_states=hidden_states,  # type: ignore[arg-type]
             memory=memory,
         )
         return as_requested(output, wants_dict(return_dict, self.config))

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import InfiniGPTNeoConfig
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
 from .segments import NO_DOCUMENT, SegmentGrid
 
+# transformers 5.24 renamed the argument and the field of outputs; `generate()` finds the cache by this name alone.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 FIRST_IDS = 16  # of a row that a cache keeps, to tell a changed prompt from new text
 _BASE = 6364136223846793005  # of the polynomial that hashes token ids (Knuth's multiplier)
 
@@ -195,6 +198,10 @@ class InfiniCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
         return False
 
     def select_rows(self, index: Tensor) -> None:

@@ -4,6 +4,9 @@ import dataclasses
 import inspect
 import math
 
+from .versions import check_transformers  # noqa: F401  # first, before what an older transformers does not have
+
+# isort: split
 from transformers.models.gpt_neo.configuration_gpt_neo import GPTNeoConfig
 
 from .block_schedule import BlockSchedule

@@ -5,7 +5,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from .cache import InfiniCache
+from .arguments import one_cache
+from .cache import CACHE_NAME, InfiniCache
 from .configuration import InfiniGPTNeoConfig
 
 
@@ -13,6 +14,9 @@ class InfiniGenerationMixin(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` creates an InfiniCache
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
+        return None  # the model counts its own positions; those that transformers 5 infers do not know the cache's text
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(*args, **kwargs)
@@ -35,27 +39,29 @@ class InfiniGenerationMixin(GenerationMixin):
         """Return what transformers' `generate()` returns, for a prompt with or without a cache.
 
         Args:
-            past_key_values: an `InfiniCache`. The prompt is all of its tokens and then new ones, as for every model of
-                transformers, or new ones alone.
+            past_key_values, cache: an `InfiniCache`, by either name. The prompt is all of its tokens and then new ones,
+                as for every model of transformers, or new ones alone.
             prefill_chunk_size: read the prompt in pieces of so many tokens. The result is the same; `block_schedule`
                 bounds the memory of a long prompt anyway.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        cache = kwargs.get("past_key_values")
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         if isinstance(cache, InfiniCache) and ids is not None and cache.columns:
             cache.check(self.config, ids.shape[0], self.dtype)  # type: ignore[attr-defined]
             cache.begin_generation(ids)
         settings = args[0] if args else kwargs.get("generation_config")
         chunk = kwargs.get("prefill_chunk_size") or getattr(settings or self.generation_config, "prefill_chunk_size", 0)
         if chunk and ids is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["past_key_values"] = self._read_in_chunks(ids, chunk, kwargs)
+            kwargs[CACHE_NAME] = self._read_in_chunks(ids, chunk, kwargs)
             kwargs["prefill_chunk_size"] = None
         return super().generate(inputs, *args, **kwargs)
 
     @torch.no_grad()
     def _read_in_chunks(self, ids: Tensor, size: int, kwargs: dict) -> InfiniCache:
         """Return a cache that has read all tokens of the prompt but the last one."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         if cache is None:
             cache = InfiniCache(self.config, len(ids), self.dtype, ids.device)  # type: ignore[attr-defined]
         if kwargs.get("attention_mask") is None:  # as transformers infers it
@@ -82,21 +88,22 @@ class InfiniGenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: InfiniCache | None = None,
         **kwargs,
     ) -> dict:
         """Return the arguments of `forward` for the tokens that the cache has not read."""
-        done = 0
-        if isinstance(past_key_values, InfiniCache):
-            rows, known = input_ids.shape[0], len(past_key_values.memory_document)
+        cache, done = one_cache(past_key_values, cache), 0
+        if isinstance(cache, InfiniCache):
+            rows, known = input_ids.shape[0], len(cache.memory_document)
             if rows != known and rows % known == 0:  # beams, or several texts of one prompt
-                past_key_values.batch_repeat_interleave(rows // known)
-            done = past_key_values.get_seq_length()
+                cache.batch_repeat_interleave(rows // known)
+            done = cache.get_seq_length()
             if done >= input_ids.shape[1] > 0:
                 # The prompt was given as embeddings, or PEFT put virtual tokens before it: the last id is the new one.
                 done = input_ids.shape[1] - 1
-                past_key_values.offset = past_key_values.columns - done
+                cache.offset = cache.columns - done
         new = input_ids.shape[1] - done
-        as_embeds = inputs_embeds is not None and done == 0 and not getattr(past_key_values, "columns", 0)
+        as_embeds = inputs_embeds is not None and done == 0 and not getattr(cache, "columns", 0)
         if document_ids is not None:  # new tokens belong to the last document of the prompt
             added = input_ids.shape[1] - document_ids.shape[1]
             document_ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, max(added, 0))], dim=1)[:, done:]
@@ -108,7 +115,7 @@ class InfiniGenerationMixin(GenerationMixin):
             "attention_mask": attention_mask if attention_mask is None or as_embeds else attention_mask[:, -new:],
             "document_ids": document_ids,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE_NAME: cache,
             "use_cache": kwargs.get("use_cache"),
             "use_memory": kwargs.get("use_memory", True),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .arguments import reject_attentions, reject_unknown_arguments
+from .arguments import one_cache, reject_attentions, reject_unknown_arguments
 from .base_model import InfiniGPTNeoModel, InfiniGPTNeoPreTrainedModel
 from .cache import InfiniCache
 from .configuration import InfiniGPTNeoConfig
@@ -70,6 +70,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: InfiniCache | None = None,
         **unknown,
     ) -> InfiniCausalLMOutput | tuple:
         """Return the loss if there are labels, logits, the cache, and each layer's memory.
@@ -81,8 +82,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
             document_ids: (B, T) integers from 0 that never decrease in a row: local attention and memory keep the
                 documents of a packed row apart. None: each row is one document, which continues that of the cache.
             labels: (B, T), usually `input_ids`; shifted in this method. -100 is ignored.
-            past_key_values: the cache of an earlier call, whose text `input_ids` continue; `attention_mask` may be of
-                these alone, or of all tokens since the start.
+            past_key_values, cache: the cache of an earlier call, by either name, whose text `input_ids` continue;
+                `attention_mask` may be of these alone, or of all tokens since the start.
             use_cache: return a cache. None: if one is given, or as `config.use_cache` says outside of training and
                 without labels. With gradient checkpointing it is set to False in training.
             use_memory: False switches the memory off: local attention alone, whatever the gates.
@@ -120,7 +121,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
             input_ids,
             attention_mask,
             document_ids,
-            past_key_values,
+            one_cache(past_key_values, cache),
             use_cache,
             use_memory,
             memory_of,
@@ -159,8 +160,13 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         if return_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(grid.from_slots(torch.cat(hidden, dim=1), T)[:, kept])
+        # In the order of their fields, since the third one has two names.
         output = InfiniCausalLMOutput(
-            loss=loss, logits=logits, past_key_values=context.cache, hidden_states=hidden_states, memory=memory
+            loss,  # type: ignore[arg-type]
+            logits,
+            context.cache,
+            hidden_states=hidden_states,  # type: ignore[arg-type]
+            memory=memory,
         )
         return as_requested(output, named)
 
@@ -246,5 +252,10 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
         if labels is not None:
             batch_size = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **batch_size)
-        output = InfiniSequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, memory=memory)
+        output = InfiniSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=hidden_states,  # type: ignore[arg-type]
+            memory=memory,
+        )
         return as_requested(output, wants_dict(return_dict, self.config))

@@ -2,16 +2,22 @@
 
 `memory` has each layer's state in the form of its memory rule: after the last segment or, with a cache, after the last
 full one. `hidden_states`, if requested: (B, T, E) of the embeddings and after each layer, the last one after the last
-norm; 0 at padding.
+norm; 0 at padding. `attentions` is always None.
+
+The cache is the field `past_key_values`, or from transformers 5.24 on the field `cache`; the other name is a property.
 """
 
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    SequenceClassifierOutput,
+)
 
-from .cache import InfiniCache
+from .cache import CACHE_NAME
 from .configuration import InfiniGPTNeoConfig
 from .memory_rule import State
 
@@ -19,29 +25,24 @@ OutputT = TypeVar("OutputT", bound=ModelOutput)
 
 
 @dataclass
-class InfiniModelOutput(ModelOutput):
-    last_hidden_state: Tensor | None = None
-    past_key_values: InfiniCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+class InfiniModelOutput(BaseModelOutputWithPast):
     memory: tuple[State, ...] | None = None
 
 
 @dataclass
-class InfiniCausalLMOutput(ModelOutput):
+class InfiniCausalLMOutput(CausalLMOutputWithPast):
     """`loss`: reduced by `loss_reduction`; `logits`: None if they were not requested."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: InfiniCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     memory: tuple[State, ...] | None = None
 
 
+if CACHE_NAME == "past_key_values":  # else transformers has the property `past_key_values`
+    for _output in (InfiniModelOutput, InfiniCausalLMOutput):
+        _output.cache = property(lambda self: self.past_key_values)  # type: ignore[union-attr]
+
+
 @dataclass
-class InfiniSequenceClassifierOutput(ModelOutput):
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+class InfiniSequenceClassifierOutput(SequenceClassifierOutput):
     memory: tuple[State, ...] | None = None
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from reference import TINY, gradients, random_ids, tiny_model
 
-from infini_ds.config.recipe import OptimizerRecipe
+from infini_ds.config.recipe import OptimizerSection
 from infini_ds.training.engine import parameter_groups
 
 
@@ -48,7 +48,7 @@ def test_gates_reach_four_within_a_normal_run():
     for layer, wanted in zip(model.transformer.h, goal.transformer.h, strict=True):
         layer.attention.beta.data.zero_()
         wanted.attention.beta.data.copy_(torch.tensor([6.0, -6.0]))
-    groups = [g for g in parameter_groups(model, OptimizerRecipe()) if g["name"] == "gates"]
+    groups = [g for g in parameter_groups(model, OptimizerSection()) if g["name"] == "gates"]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     ids = random_ids(4, 24)
     with torch.no_grad():

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from infini_ds.model.cache import CACHE_NAME
+
 S = TINY["segment_length"]
 
 
@@ -151,6 +153,38 @@ def test_each_step_computes_one_token(monkeypatch):
     )
     generate(model, random_ids(2, 2 * S), new_tokens=30)
     assert widths == [(2, 2 * S)] + [(2, 1)] * 29
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
+def test_generate_receives_the_cache(options):
+    """It embeds the prompt once and then one token a step and row, whichever name transformers has for the cache.
+
+    The prompt fills its segments, since the slots after it are embedded too.
+    """
+    model, counts = writer(), []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].numel()))
+    prompt, new, rows = random_ids(1, 3 * S), 11, options.get("num_beams", 1)
+    out = generate(model, prompt, new_tokens=new, **options)
+    assert out.shape[1] == new
+    assert sum(counts) == rows * (prompt.numel() + new - 1)
+
+
+def test_the_cache_has_two_names():
+    """The output's field has the name of this version of transformers; arguments may have either one."""
+    model, ids = writer(), random_ids(2, 9)
+    with torch.no_grad():
+        first = [model(ids[:, :6], use_cache=True) for _ in range(2)]
+        assert first[0].cache is first[0].past_key_values and CACHE_NAME in first[0]
+        assert list(first[0]) == ["logits", CACHE_NAME, "memory"]
+        one = model(ids[:, 6:], cache=first[0].cache).logits
+        other = model.transformer(ids[:, 6:], past_key_values=first[1].cache).last_hidden_state
+        assert_close(model.lm_head(other), one, rtol=0, atol=1e-12)
+        assert_close(one, model(ids).logits[:, 6:], rtol=0, atol=1e-10)
+        with pytest.raises(ValueError, match="two names of one argument"):
+            model(ids, past_key_values=first[0].cache, cache=first[1].cache)
+    for name in ("cache", "past_key_values"):
+        cache = model(ids[:, :6], use_cache=True).cache
+        assert torch.equal(generate(model, ids, **{name: cache}), generate(model, ids))
 
 
 def test_text_streams():

@@ -16,6 +16,7 @@ from infini_ds.planning.flops import training_flops_per_token
 def test_presets_have_their_published_size(name, millions):
     with torch.device("meta"):
         model = InfiniGPTNeoForCausalLM(preset_config(name))
+    model.tie_weights()  # transformers 5.0 ties nothing on the meta device
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(millions, rel=0.03)
 

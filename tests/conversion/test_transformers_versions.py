@@ -1,0 +1,69 @@
+"""An export works without this project, with the version of transformers that runs the tests."""
+
+import os
+import subprocess
+import sys
+
+import torch
+import transformers
+from harness import ROOT, environment
+from reference import TINY, writer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from infini_ds.conversion.export import write_folder
+
+ALONE = """
+import sys
+from pathlib import Path
+
+folder, out, project = sys.argv[1:]
+sys.path = [path for path in sys.path if not Path(path or ".", "infini_ds").exists()]
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+sys.modules["infini_ds"] = None  # an import of it fails
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).double()
+counts = []
+model.transformer.wte.register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].numel()))
+inputs = AutoTokenizer.from_pretrained(folder)("b c d e f g h i", return_tensors="pt")
+text = model.generate(**inputs, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+assert classifier(inputs["input_ids"]).logits.shape == (1, 3)
+torch.save({"version": transformers.__version__, "ids": inputs["input_ids"], "text": text, "counts": counts}, out)
+files = [getattr(module, "__file__", None) or "" for module in sys.modules.values() if module is not None]
+assert not [file for file in files if file.startswith(f"{project}/infini_ds/")]
+"""
+
+
+def test_the_tests_run_with_the_version_that_was_asked_for():
+    assert transformers.__version__ == os.environ.get("TESTED_TRANSFORMERS", transformers.__version__)
+
+
+def test_an_export_generates_with_its_cache_in_a_process_of_its_own(tmp_path):
+    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrs"[: TINY["vocab_size"]])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="a", model_input_names=["input_ids", "attention_mask"]
+    ).save_pretrained(tmp_path / "tokenizer")
+    model = writer(dtype=torch.float32)
+    write_folder(model, tmp_path / "tokenizer", tmp_path / "folder", "A card.\n")
+    # The packages of this interpreter, in its order, without the project.
+    variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "folder"), str(tmp_path / "out.pt"), str(ROOT)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    alone = torch.load(tmp_path / "out.pt")
+    assert alone["version"] == transformers.__version__
+    ids = alone["ids"]
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert alone["counts"] == [8] + [1] * 8  # two segments of the prompt, then one token a step
+    model.double()
+    for _ in range(9):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(alone["text"], ids)
