@@ -30,14 +30,14 @@ test-slurm: $(INSTALLED)
 	@.venv/bin/python -m pytest -s tests/slurm/check_jobs.py $(ARGS)
 
 lint: $(INSTALLED)
-	@.venv/bin/ruff check .
-	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
-	@.venv/bin/codespell
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
+	@.venv/bin/python -m codespell_lib
 
 format: $(INSTALLED)
-	@.venv/bin/ruff check --fix .
-	@.venv/bin/ruff format .
+	@.venv/bin/python -m ruff check --fix .
+	@.venv/bin/python -m ruff format .
 
 # torch first and alone, since its own dependencies differ from machine to machine; then everything else, exactly as
 # locked; then the project itself, editable. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
@@ -46,9 +46,9 @@ $(INSTALLED): requirements.lock setup.cfg
 	    { echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.11" >&2; exit 2; }
 	@echo "=== installing into .venv (two to three minutes)"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Needs `uv`. lock-overrides.txt says what is left out.

@@ -178,16 +178,18 @@ def estimate_memory(work: Workload, sharding: ZeroSharding) -> MemoryEstimate:
         }
         return always | {name: round(part) for name, part in parts.items()}
 
-    reducing = _reduce(found.reducing, size, sharding, partition, earlier, one_buffer)
+    reducing = [
+        moment(*arguments) for arguments in _reduce(found.reducing, size, sharding, partition, earlier, one_buffer)
+    ]
     step = always | {"gradients": partition}
     if not sharding.offload:
-        step["copies in the step"] = 0 if one_buffer else partition
+        step["flattened gradients"] = 0 if one_buffer else partition
     host = (12 + 4 + size) * share if sharding.offload else 0
     if work.checkpointing and work.schedule.offload_states:
         host += found.states * work.blocks
     return MemoryEstimate(
         computing=moment(found.computing, earlier),
-        reducing=max((moment(*found) for found in reducing), key=lambda parts: sum(parts.values())),
+        reducing=max(reducing, key=lambda parts: sum(parts.values())),
         step=step,
         host=host,
     )
@@ -211,20 +213,24 @@ def _reduce(
     end = readings[-1]._replace(elements=math.inf)  # what is left in the bucket is reduced at the end
     for reading in (*readings, end):
         if reading.elements and sum(bucket) + reading.elements > sharding.bucket:
-            before = reading._replace(live=reading.live + oversized)
+            before = _with_gradient(reading, oversized)
             # Slices are joined by a copy: those of several ranks, and for one rank those with sums of their own.
             is_copied = sharding.ranks > 1 or (one_buffer and len(bucket) > 2)
             copy = size * sum(bucket) if is_copied else 0
             if one_buffer:
-                sums = partition
+                sums = partition  # built before the first reduction, and not after it
                 copy += min(partition, 4 * max(bucket))
             yield before, sums, buffers + copy
-            sums = earlier + partition if not one_buffer else sums
+            sums = partition if one_buffer else earlier + partition
             bucket, oversized = [0.0], 0.0
-        yield reading._replace(live=reading.live + oversized), sums, buffers
+        yield _with_gradient(reading, oversized), sums, buffers
         bucket.append(reading.elements)
         if reading.elements > sharding.bucket:
             oversized = size * reading.elements
+
+
+def _with_gradient(reading: Reading, size: float) -> Reading:
+    return reading._replace(live=reading.live + size, gradients=reading.gradients + size)
 
 
 def largest_block(work: Workload, sharding: ZeroSharding, limit: int) -> int | None:
@@ -258,7 +264,8 @@ class BlockSearch:
                 fails = guess
                 continue
             fits = guess
-            if len(self._points) > 1 and self._points[-1][1] + 0.9 * work.rows * self._slope() > self._limit:
+            on_a_line = len({size for size, _ in self._points}) > 1
+            if on_a_line and self._points[-1][1] + 0.9 * work.rows * self._slope() > self._limit:
                 break
         return fits or None
 

@@ -4,9 +4,10 @@ import json
 import random
 
 import pytest
-from preparing import TEXTS
+from preparing import SMALL, TEXTS
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from data_prep.prepare import PrepareOptions, prepare
 from data_prep.text_chunks import SPACE_PATTERNS, find_splitter, split_text
 
 # What a cut could go wrong at: runs of white space, accents after a space, ligatures, contractions, scripts.
@@ -177,3 +178,25 @@ def test_text_without_boundaries_is_cut_for_training_alone(size, chunks, monkeyp
     assert list(split_text(text)) == [text]
     assert list(map(len, split_text(text, longest=1024)))[:-1] == [1024] * (chunks - 1)
     assert "".join(split_text(text, longest=1024)) == text
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_rows_of_a_loaded_tokenizer_with_a_normalizer(kind, tmp_path, monkeypatch):
+    """The processes that tokenize give later chunks to a tokenizer without Prepend."""
+    monkeypatch.setattr("data_prep.text_chunks.CHUNK_CHARACTERS", 500)
+    tokenizer = make_tokenizer(kind, {"llama": "none", "bert": "bert"}[kind], "bpe", make_text(1, 2000))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|x|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    documents = [f"{i} {text}" for i, text in enumerate(TEXTS[:12])]
+    for i, text in enumerate(documents):
+        (texts / f"{i:02}.txt").write_text(text)
+    options = SMALL | {"validation_fraction": 0.5, "vocab_size": 8192, "tokenizer": str(tmp_path)}
+    manifest = prepare(PrepareOptions(f"text:{texts}", tmp_path / "out", **options), quiet=True)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    lengths = [1 + len(tokenizer.encode(text, add_special_tokens=False).ids) for text in documents]
+    assert manifest.train.tokens + manifest.validation.tokens == sum(lengths)
+    assert sum(len(list(find_splitter(tokenizer.to_str()).split(text))) for text in documents) > 2 * len(documents)

@@ -11,19 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import ROOT, SHAPE, STEPS, environment, pretrain, start_ranks
+from harness import ROOT, SHAPE, STEPS, environment, launcher, pretrain, start_ranks
 
 from infini_ds.distributed.environment import detect_environment, free_port, set_cpu_threads
 from infini_ds.metrics.metric_writers import read_metrics
 
-BIN = Path(sys.executable).parent
 # Without an end, and with the same losses whatever the number of steps.
 ENDLESS = [*STEPS, "steps=100000", "schedule.kind=constant", "checkpoint.every=100000"]
 TWO_RANKS = ["--num_gpus", "2", "--log_level", "error", "--master_port", free_port()]
 LAUNCHERS = {
     "python": [sys.executable],
-    "deepspeed": [BIN / "deepspeed", *TWO_RANKS],
-    "torchrun": [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", free_port()],
+    "deepspeed": [*launcher("deepspeed"), *TWO_RANKS],
+    "torchrun": [*launcher("torchrun"), "--nproc-per-node", "2", "--master-port", free_port()],
     "graceful": [sys.executable, "launch/graceful.py", sys.executable, "-m", "deepspeed.launcher.runner", *TWO_RANKS],
 }
 
@@ -87,10 +86,10 @@ def recorded(run: Path, name: str) -> list[float]:
 def start(shards, tmp_path):
     jobs = []
 
-    def begin(launcher: str, *overrides: str) -> Job:
+    def begin(name: str, *overrides: str) -> Job:
         where = [f"data.path={shards}", f"output={tmp_path}", "name=stopped"]
         arguments = ["launch/pretrain.py", *where, *SHAPE, *ENDLESS, *overrides]
-        jobs.append(Job([*LAUNCHERS[launcher], *arguments], tmp_path / "stopped"))
+        jobs.append(Job([*LAUNCHERS[name], *arguments], tmp_path / "stopped"))
         return jobs[-1]
 
     yield begin

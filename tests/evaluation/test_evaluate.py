@@ -132,7 +132,7 @@ def test_mistakes_are_one_sentence(runs, exported, sentences, tmp_path):
         ("no-such/model",): "no-such/model: no such folder, nor a model on the hub",
         (tmp_path,): "is neither an exported folder",
         (exported, "--tasks", "position"): "name a folder of data_prep with --data",
-        (exported, "--data", tmp_path): "is no finished folder of prepared data",
+        (exported, "--data", tmp_path): "is not a finished folder of prepared data",
         (exported, "--tasks", "blimp", "--blimp", hidden.parent): "holds no .jsonl or .json files",
         (exported, "--tasks", "blimp", "--blimp", empty): "each line is JSON with sentence_good and sentence_bad",
         (exported, "--tasks", "blimp"): "nyu-mll/blimp: no such folder, and no such dataset on the hub",

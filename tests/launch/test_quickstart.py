@@ -1,4 +1,4 @@
-"""What `make pretrain` runs, in a folder whose name has a space: training, export, report; and the same again."""
+"""`make pretrain` in a folder with a space and a letter outside of ASCII: training, export, report; and again."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from harness import ROOT, STEPS, environment
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """A copy of the project with an environment of its own, as `make` creates it, but with borrowed packages."""
-    folder = tmp_path / "new user" / "infini ds"
+    folder = tmp_path / "new user" / "infini ds é"
     for name in ("infini_ds", "data_prep", "launch", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     venv.create(folder / ".venv", symlinks=True)

@@ -102,6 +102,13 @@ def pretrain(shards: Path, output: Path, name: str, *overrides: str, shape: list
     trainer.fit()
 
 
+def launcher(name: str) -> list[str]:
+    """Return the command `deepspeed` or `torchrun`: its module where a space in the path breaks its first line."""
+    script = Path(sys.executable).with_name(name)
+    modules = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
+    return [sys.executable, "-m", modules[name]] if " " in str(script) else [str(script)]
+
+
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,9 +118,9 @@ def free_port() -> str:
 def launch_pretrain(shards: Path, output: Path, name: str, *overrides: str, ranks: int, code: int = 0):
     """Run launch/pretrain.py with the deepspeed launcher."""
     arguments = ["launch/pretrain.py", f"data.path={shards}", f"output={output}", f"name={name}", *TINY, *overrides]
-    launcher = Path(sys.executable).with_name("deepspeed")
+    program, *module = launcher("deepspeed")
     options = ["--num_gpus", ranks, "--master_port", free_port(), "--log_level", "error"]
-    return run_script(*options, *arguments, program=launcher, code=code)
+    return run_script(*module, *options, *arguments, program=program, code=code)
 
 
 def start_ranks(
