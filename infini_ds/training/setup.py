@@ -16,6 +16,7 @@ from infini_ds.data.skip_rows import SkipRows
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.collectives import broadcast_from_rank_zero
 from infini_ds.distributed.signals import GracefulShutdown
+from infini_ds.planning.fitting_block import fitting_block
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
 from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.checkpointing import Checkpointing
@@ -23,7 +24,7 @@ from infini_ds.training.engine import Engine
 from infini_ds.training.gradient_check import GradientCheck
 from infini_ds.training.hooks import Hook
 from infini_ds.training.metrics_logger import MetricsLogger
-from infini_ds.training.model_builder import build_model, fitting_block
+from infini_ds.training.model_builder import build_model
 from infini_ds.training.stability import Stability
 from infini_ds.training.trainer import Trainer
 from infini_ds.utils.counts import short_count

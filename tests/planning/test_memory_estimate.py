@@ -21,6 +21,7 @@ from infini_ds.distributed.environment import detect_environment
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.presets import PRESETS, preset_config
+from infini_ds.planning.fitting_block import fitting_block
 from infini_ds.planning.hardware import memory_free
 from infini_ds.planning.memory_estimate import (
     BlockSearch,
@@ -31,7 +32,6 @@ from infini_ds.planning.memory_estimate import (
     parameters,
 )
 from infini_ds.planning.step_trace import run_on_fake_tensors
-from infini_ds.training.model_builder import fitting_block
 from infini_ds.utils.errors import UserError
 
 SMALL_BUCKET = 50_000  # elements, so that DeepSpeed's buffer does not hide the rest
@@ -249,7 +249,7 @@ def test_the_largest_block_fits_and_twice_as_much_does_not():
 RANK = """
 import sys, torch.distributed as dist
 from dataclasses import replace
-from infini_ds.training.model_builder import fitting_block
+from infini_ds.planning.fitting_block import fitting_block
 from infini_ds.distributed.environment import DistEnv
 from test_memory_estimate import LONG, ONE_RANK
 
