@@ -19,6 +19,7 @@ from infini_ds.config.resolve import resolve
 from infini_ds.distributed import environment as distributed_environment
 from infini_ds.distributed.environment import DistEnv, detect_environment
 from infini_ds.distributed.process_group import connect
+from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.training.setup import build_trainer
 from infini_ds.training.trainer import Trainer
 
@@ -54,13 +55,15 @@ def call_script(script: str, *arguments, code: int = 0) -> SimpleNamespace:
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     shutdown = distributed_environment.shutdown
     distributed_environment.shutdown = lambda: None  # later tests need the process group
+    listen = GracefulShutdown.listen
+    GracefulShutdown.listen = lambda _: None  # it would block signals in this process, and in all that it starts
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         got = end.code or 0
     finally:
-        sys.argv, distributed_environment.shutdown = argv, shutdown
+        sys.argv, distributed_environment.shutdown, GracefulShutdown.listen = argv, shutdown, listen
         torch.set_num_threads(1)
     assert got == code, f"exit code {got}\n{out.getvalue()}\n{error.getvalue()}"
     return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
