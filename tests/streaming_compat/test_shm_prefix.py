@@ -6,6 +6,8 @@ OURS = """
 from infini_ds.streaming_compat.dataset import ShardDataset
 from infini_ds.streaming_compat.stream import ShardStream
 
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
+
 def open_dataset():
     stream = ShardStream(local=folder, split="train", remote_folder=remote, bounded=False)
     return ShardDataset(streams=[stream], batch_size=2)
@@ -20,7 +22,8 @@ def test_plain_streaming_gives_one_prefix_twice(written):
 
 
 def test_ours_gives_each_start_its_own(written):
-    assert run_in_fork(OURS + "result = race(open_dataset)", folder=str(written), remote=None) == []
+    with one_start_at_a_time(first_on_node=True):  # no other test takes what is just being created for stale
+        assert run_in_fork(OURS + "result = race(open_dataset)", folder=str(written), remote=None) == []
 
 
 def test_plain_streaming_refuses_a_cache_that_is_in_use(written, tmp_path):
