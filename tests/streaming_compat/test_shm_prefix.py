@@ -2,11 +2,11 @@
 
 from streaming_forks import run_in_fork
 
+from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
+
 OURS = """
 from infini_ds.streaming_compat.dataset import ShardDataset
 from infini_ds.streaming_compat.stream import ShardStream
-
-from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 
 def open_dataset():
     stream = ShardStream(local=folder, split="train", remote_folder=remote, bounded=False)
