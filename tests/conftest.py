@@ -32,6 +32,12 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "torch_export_test: of transformers' own tests")
 
 
+@pytest.fixture(autouse=True)
+def messages_on_stdout() -> None:
+    """An earlier test's script may have chosen standard error for its messages."""
+    setup_logging()
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder of 20 real texts, modules of the standard library, and a few of a line or two."""
