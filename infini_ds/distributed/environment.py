@@ -29,7 +29,6 @@ class DistEnv:
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
-    is_first = is_rank_zero  # until all call sites have the other name
 
     @property
     def device(self) -> torch.device:
