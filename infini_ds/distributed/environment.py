@@ -29,7 +29,6 @@ class DistEnv:
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
-
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")

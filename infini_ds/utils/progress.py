@@ -125,10 +125,3 @@ class ProgressBar:
             minutes, rest = divmod(round(seconds / max(1, done) * (self.total - self.done)), 60)
             parts = [f"{self.done}/{self.total}", *figures, f"{minutes}:{rest:02d} left"]
         return "  ".join(parts)
-
-    # Kept until the trainer and the study log through `logging` and rewind by the new name.
-    def say(self, line: str) -> None:
-        if self._shown:
-            logger.info(line)
-
-    go_back = rewind
