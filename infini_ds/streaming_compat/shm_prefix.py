@@ -52,14 +52,16 @@ def take_prefix(
 
 def _take_free_prefix(folders: list[str]) -> tuple[int, SharedMemory]:
     for prefix in itertools.count():
-        files = [SHM / f"{prefix:06}_{name}" for name in SEGMENTS]
+        files = [SHM / f"{prefix:06}_{name}" for name in SEGMENTS if name != LOCALS]
         files += [Path(tempfile.gettempdir(), f"{prefix:06}_{name}") for name in FILE_LOCKS]
-        if any(file.exists() for file in files):
-            continue
         content = pack_locals(folders, prefix)
         try:
             segment = OwnedSharedMemory(f"{prefix:06}_{LOCALS}", True, len(content))
-        except FileExistsError:  # another run was faster
+        except FileExistsError:
+            continue
+        # Looked at only now that no other run can take the prefix: a run that ends removes its segments one by one.
+        if any(file.exists() for file in files):
+            del segment
             continue
         segment.buf[: len(content)] = content
         return prefix, segment

@@ -15,15 +15,37 @@ def open_dataset():
 
 
 def test_plain_streaming_gives_one_prefix_twice(written):
-    errors = run_in_fork(
-        'result = race(lambda: StreamingDataset(local=folder, split="train", batch_size=2))', folder=str(written)
+    code = """
+    result = race(
+        lambda: StreamingDataset(local=folder, split="train", batch_size=2), rounds=4000, until_error=True
     )
+    """
+    errors = run_in_fork(code, folder=str(written))
     assert any(error.startswith("FileExistsError") for error in errors)
 
 
 def test_ours_gives_each_start_its_own(written):
     with one_start_at_a_time(first_on_node=True):  # no other test takes what is just being created for stale
         assert run_in_fork(OURS + "result = race(open_dataset)", folder=str(written), remote=None) == []
+
+
+def test_ours_skips_a_prefix_whose_last_run_is_removing_its_segments(written):
+    code = """
+    from infini_ds.streaming_compat import shm_prefix
+    from infini_ds.streaming_compat.library import World
+
+    prefixes = []
+    for _ in range(2):
+        prefix, segment = shm_prefix.take_prefix([folder], [None], World.detect())
+        prefixes.append(prefix)
+        del segment  # its other segments are not yet removed
+        left = shm_prefix.SHM / f"{prefix:06}_barrier"
+        left.touch()
+    left.unlink()
+    (shm_prefix.SHM / f"{prefixes[0]:06}_barrier").unlink()
+    result = prefixes[0] < prefixes[1]
+    """
+    assert run_in_fork(code, folder=str(written))
 
 
 def test_plain_streaming_refuses_a_cache_that_is_in_use(written, tmp_path):

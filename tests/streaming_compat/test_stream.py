@@ -12,13 +12,14 @@ from infini_ds.streaming_compat.library import World
 from infini_ds.streaming_compat.stream import ShardError, ShardStream
 
 DEFAULTS = {"split": "train", "download_retry": 1, "download_timeout": 60, "keep_zip": None, "validate_hash": None}
+# A race that plain streaming loses now and then, and ours never.
 EXPAND = """
 from pathlib import Path
 {open_stream}
 stream.apply_default(defaults)
 shard = stream.get_shards(World.detect(), False)[0]
 file = Path(folder, "train", shard.file_pairs[0][0].basename)
-result = race(lambda: stream.prepare_shard(shard), before=lambda: file.unlink(missing_ok=True))
+result = race(lambda: stream.prepare_shard(shard), before=lambda: file.unlink(missing_ok=True), **how)
 """
 FETCH = """
 from pathlib import Path
@@ -26,8 +27,9 @@ from pathlib import Path
 stream.apply_default(defaults)
 file = Path(cache, "train", "shard.00000.mds.zstd")
 file.parent.mkdir(parents=True)
-result = race(lambda: stream._download_file(file.name), before=lambda: file.unlink(missing_ok=True))
+result = race(lambda: stream._download_file(file.name), before=lambda: file.unlink(missing_ok=True), **how)
 """
+UNTIL_ERROR = {"rounds": 4000, "until_error": True}
 OURS = "from infini_ds.streaming_compat.stream import ShardStream\nstream = ShardStream"
 
 
@@ -37,13 +39,13 @@ def read(folder: Path, remote: Path | None = None) -> list[int]:
 
 def test_plain_streaming_fails_where_two_runs_expand_one_shard(large):
     code = EXPAND.format(open_stream='stream = Stream(local=folder, split="train")')
-    errors = run_in_fork(code, folder=str(large), defaults=DEFAULTS)
+    errors = run_in_fork(code, folder=str(large), defaults=DEFAULTS, how=UNTIL_ERROR)
     assert any(error.startswith("FileNotFoundError") for error in errors)
 
 
 def test_ours_lets_runs_expand_one_shard(large):
     code = EXPAND.format(open_stream=f'{OURS}(local=folder, split="train", remote_folder=None, bounded=False)')
-    assert run_in_fork(code, folder=str(large), defaults=DEFAULTS) == []
+    assert run_in_fork(code, folder=str(large), defaults=DEFAULTS, how={}) == []
     assert sorted(file.name for file in (large / "train").iterdir()) == [
         "index.json",
         "shard.00000.mds",
@@ -53,13 +55,15 @@ def test_ours_lets_runs_expand_one_shard(large):
 
 def test_plain_streaming_fails_where_two_runs_fetch_one_file(large, tmp_path):
     code = FETCH.format(open_stream='stream = Stream(local=cache, remote=remote, split="train")')
-    errors = run_in_fork(code, remote=str(large), cache=str(tmp_path / "cache"), defaults=DEFAULTS)
+    errors = run_in_fork(
+        code, remote=str(large), cache=str(tmp_path / "cache"), defaults=DEFAULTS, how=UNTIL_ERROR
+    )
     assert any(error.startswith("FileNotFoundError") for error in errors)
 
 
 def test_ours_lets_runs_fetch_one_file(large, tmp_path):
     code = FETCH.format(open_stream=f'{OURS}(local=cache, split="train", remote_folder=remote, bounded=False)')
-    assert run_in_fork(code, remote=str(large), cache=str(tmp_path / "cache"), defaults=DEFAULTS) == []
+    assert run_in_fork(code, remote=str(large), cache=str(tmp_path / "cache"), defaults=DEFAULTS, how={}) == []
 
 
 def test_plain_streaming_reads_a_damaged_expanded_shard(folder):

@@ -51,20 +51,28 @@ def run_in_fork(code: str, **values: Any) -> Any:
     return answer["result"]
 
 
-def race(function: Callable[[], Any], before: Callable[[], Any] = lambda: None, rounds: int = 40) -> list[str]:
-    """Call `function` in 4 processes at the same time, `rounds` times, each after `before`; return all errors."""
+def race(
+    function: Callable[[], Any], before: Callable[[], Any] = lambda: None, rounds: int = 40, until_error: bool = False
+) -> list[str]:
+    """Call `function` in 4 processes at the same time, `rounds` times, each after `before`; return all errors.
+
+    With `until_error` the round with the first error is the last.
+    """
     fork = multiprocessing.get_context("fork")
-    barrier, errors = fork.Barrier(4), fork.SimpleQueue()
+    barrier, errors, failed = fork.Barrier(4), fork.SimpleQueue(), fork.Event()
 
     def run() -> None:
         for _ in range(rounds):
             barrier.wait()
+            if until_error and failed.is_set():
+                break
             before()
             barrier.wait()
             try:
                 function()
             except Exception as error:
                 errors.put(f"{type(error).__name__}: {error}")
+                failed.set()
         atexit._run_exitfuncs()  # a fork does not, and would leave its shared memory
 
     processes = [fork.Process(target=run) for _ in range(4)]
