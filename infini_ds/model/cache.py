@@ -42,13 +42,17 @@ def _hash_after(start: Tensor, ids: Tensor) -> Tensor:
 
 
 def _fingerprint(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> dict[str, object]:
-    names = ("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding")
+    names = (
+        *("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"),
+    )
     return {name: getattr(config, name) for name in names} | {"dtype": dtype}
 
 
 @dataclass
 class LayerCache:
-    """One layer's memory, and keys and values (without rotary phase) of each row's open segment, (B, H, S, D)."""
+    """One layer's memory, and keys and values of each row's open segment, (B, H, S, D), as they were projected: neither
+    convolved nor rotated.
+    """
 
     memory: State
     k: Tensor
