@@ -22,6 +22,7 @@ from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput, as_re
 # An export's code is copied by transformers 4, which follows the direct imports of this file and of configuration.py
 # alone: what other files import is repeated.
 from .attention import InfiniAttention  # noqa: F401
+from .cache_file import save_cache  # noqa: F401
 from .layers import InfiniLayer  # noqa: F401
 from .local_attention import local_attention  # noqa: F401
 from .recompute import checkpoint_blocks  # noqa: F401
