@@ -155,7 +155,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         **unknown,
     ) -> InfiniModelOutput | tuple:
         """Return the hidden states of all tokens; for the arguments see `InfiniGPTNeoForCausalLM.forward`."""
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids, document_ids)
         reject_attentions(output_attentions, self.config)
 
         def hidden_alone(hidden: Tensor, slots: slice) -> tuple[Tensor]:

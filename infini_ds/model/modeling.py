@@ -73,7 +73,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         cache: InfiniCache | None = None,
         **unknown,
     ) -> InfiniCausalLMOutput | tuple:
-        """Return the loss if there are labels, logits, the cache, and each layer's memory.
+        """Return the loss if there are labels, logits, the cache, and each layer's memory: after all tokens, or with a
+        cache after the last full segment.
 
         Args:
             input_ids: (B, T).
@@ -108,7 +109,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
                 a cache in training with gradient checkpointing.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids, document_ids)
         reject_attentions(output_attentions, self.config)
         named = wants_dict(return_dict, self.config)
         if use_cache is None and labels is not None:
@@ -224,7 +225,7 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
             ValueError: an argument whose value this model has no meaning for.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids)
         reject_attentions(output_attentions, self.config)
         context = self.transformer.prepare(
             input_ids,
