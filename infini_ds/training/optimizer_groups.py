@@ -10,8 +10,9 @@ from infini_ds.model.memory_rule import get_memory_rule
 def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection) -> list[dict[str, Any]]:
     """Return the groups "decay", "no_decay" and "gates", in this order; a group may be empty.
 
-    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases and norms do not
-    decay. Gates do not decay either, and have their own learning rate. A memory rule names the group of its parameters.
+    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases, norms and short
+    convolutions do not decay. Gates do not decay either, and have their own learning rate. A memory rule names the
+    group of its parameters.
     """
     rate, gate_rate = optimizer.learning_rate, optimizer.gate_learning_rate
     groups: dict[str, dict[str, Any]] = {
@@ -23,6 +24,7 @@ def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection
         if ".memory_parameters." in name:
             group: str = get_memory_rule(model.config.memory_rule).optimizer_group
         else:
-            group = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
+            decays = parameter.dim() >= 2 and ".short_conv." not in name
+            group = "gates" if name.endswith(".beta") else "decay" if decays else "no_decay"
         groups[group]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items()]
