@@ -48,7 +48,7 @@ def test_plan_and_doctor_with_nothing(empty):
     """Before the data are prepared; they have the shapes that they will have."""
     done = call_script("launch/plan.py")
     assert f"no --config: taking {ROOT}/launch/recipes/tiny-cpu.yaml" in done.stdout and "it fits." in done.stdout
-    assert "1,381,648" in done.stdout and "rows of 2,048 tokens" in done.stdout
+    assert "988,432" in done.stdout and "rows of 1,024 tokens" in done.stdout
     done = call_script("launch/doctor.py")
     assert (
         "data/stdlib-modules is not prepared yet: the run prepares it first" in done.stdout
