@@ -84,6 +84,12 @@ class ModelSection(Section):
     gate_init: float | None = key(
         None, "start of the gates beta; null: 0, which is half local attention and half memory, or as in start_from"
     )
+    short_conv: int | None = key(
+        None,
+        "width of a learned convolution of keys and values, 2 for a token and the one before it; 0: none; null: 0, or "
+        "as in start_from",
+        ge=0,
+    )
     gradient_checkpointing: bool = key(
         False, "keep only the memory between blocks, recompute each block in the backward pass", resumable=True
     )

@@ -14,6 +14,7 @@ from .local_attention import local_attention, rotary_angles, rotate
 from .memory import blend
 from .memory_rule import State, get_memory_rule
 from .segments import SegmentGrid
+from .short_conv import ShortConvolution
 
 
 class RuleParameters(nn.ParameterDict):
@@ -40,6 +41,8 @@ class InfiniAttention(nn.Module):
         self.beta = nn.Parameter(torch.full((config.num_heads,), float(config.gate_init)))
         self.rule = get_memory_rule(config.memory_rule)
         self.memory_parameters = RuleParameters(self.rule.parameters(config))
+        if config.short_conv:
+            self.short_conv = ShortConvolution(config)
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(
@@ -50,7 +53,8 @@ class InfiniAttention(nn.Module):
         state: State,
         cached: LayerCache | None,
     ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
-        """Return the output (B, N * S, E), the memory after the block, and k and v (B, N, H, S, D).
+        """Return the output (B, N * S, E), the memory after the block, and k and v (B, N, H, S, D) as a cache holds
+        them, before short convolution and rotary phase.
 
         Args:
             hidden: (B, N * S, E); grid: of the block; mask: for `local_attention`.
@@ -64,6 +68,9 @@ class InfiniAttention(nn.Module):
         )
         if cached is not None:
             k, v = _insert_cached(k, cached.k, grid), _insert_cached(v, cached.v, grid)
+        projected = k, v
+        if self.config.short_conv:
+            k, v = self.short_conv(k, v, grid.documents if grid.packed else None)
 
         local_q, local_k = self._with_positions(q, k, grid)
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -78,7 +85,7 @@ class InfiniAttention(nn.Module):
                 before = tree_map(lambda x: x[grid.memory_of], before)
             out = blend(local, self.rule.read(q, before, parameters), self.beta, grid.read_mask)
         out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
-        return self.dropout(out), state, (k, v)
+        return self.dropout(out), state, projected
 
     def _with_positions(self, q: Tensor, k: Tensor, grid: SegmentGrid) -> tuple[Tensor, Tensor]:
         """Return queries and keys for local attention, rotated if positions are rotary."""

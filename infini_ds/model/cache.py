@@ -3,14 +3,18 @@
 Shapes: B batch, H heads, S slots in a segment, D head size.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache_file import load_cache, save_cache
 from .configuration import InfiniGPTNeoConfig
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
@@ -42,13 +46,17 @@ def _hash_after(start: Tensor, ids: Tensor) -> Tensor:
 
 
 def _fingerprint(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> dict[str, object]:
-    names = ("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding")
+    names = (
+        *("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"),
+    )
     return {name: getattr(config, name) for name in names} | {"dtype": dtype}
 
 
 @dataclass
 class LayerCache:
-    """One layer's memory, and keys and values (without rotary phase) of each row's open segment, (B, H, S, D)."""
+    """One layer's memory, and keys and values of each row's open segment, (B, H, S, D), as they were projected: neither
+    convolved nor rotated.
+    """
 
     memory: State
     k: Tensor
@@ -140,6 +148,30 @@ class InfiniCache(Cache):
             if bool(same.any()) or similar:
                 raise ValueError(f"the prompt begins like the text in the cache, and then differs from it: {hint}")
         self.offset, self.offset_hash = self.columns, self.ids_hash
+
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
+        """Write the cache to a file, atomically, with a hash of the weights of the model that it is a cache of."""
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "InfiniCache":
+        """Return the cache in a file, on the model's device.
+
+        Raises:
+            ValueError: the file is damaged or not a cache, or the cache of another model or other weights.
+        """
+        return load_cache(cls, path, model)
+
+    def copy(self) -> "InfiniCache":
+        """Return an independent copy: each of several continuations of one text begins with its own."""
+
+        def cloned(values: dict) -> dict:
+            return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, values)
+
+        branch = copy.copy(self)
+        vars(branch).update(cloned(vars(self)))
+        branch.layer_caches = [replace(layer, **cloned(vars(layer))) for layer in self.layer_caches]
+        return branch
 
     def store_open_segments(self, keys_values: list[tuple[Tensor, Tensor]], open_segment: Tensor) -> None:
         """Store the keys and values of each row's open segment, if it is one of these segments.

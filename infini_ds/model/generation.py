@@ -1,5 +1,7 @@
 """How transformers' `generate()` uses the model: what a step gets, and that length is unlimited."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -34,6 +36,10 @@ class InfiniGenerationMixin(GenerationMixin):
         return super()._prepare_generated_length(
             generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
         )
+
+    def load_cache(self, path: str | Path) -> InfiniCache:
+        """Return the cache that `InfiniCache.save` wrote to a file, for this model. Errors are those of its `load`."""
+        return InfiniCache.load(path, self)  # type: ignore[arg-type]
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Return what transformers' `generate()` returns, for a prompt with or without a cache.

@@ -12,10 +12,10 @@ from infini_ds.model.memory_rule import get_memory_rule
 def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection) -> list[dict[str, Any]]:
     """Return the groups "decay", "no_decay" and "gates", in this order, and with Muon "muon" before them.
 
-    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases and norms do not
-    decay. Gates do not decay either, and have their own learning rate. A memory rule names the group of its parameters.
-    Muon trains the matrices of the layers; embeddings are not matrices to it, since a step changes few of their rows.
-    A group may be empty, except that of Muon.
+    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases, norms and short
+    convolutions do not decay. Gates do not decay either, and have their own learning rate. A memory rule names the
+    group of its parameters. Muon trains the matrices of the layers; embeddings are not matrices to it, since a step
+    changes few of their rows. A group may be empty, except that of Muon.
     """
     rate, gate_rate = optimizer.learning_rate, optimizer.gate_learning_rate
     muon = {"params": [], "lr": optimizer.muon_learning_rate, "weight_decay": optimizer.weight_decay}
@@ -30,7 +30,8 @@ def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection
         if ".memory_parameters." in name:
             group: str = get_memory_rule(model.config.memory_rule).optimizer_group
         else:
-            group = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
+            decays = parameter.dim() >= 2 and ".short_conv." not in name
+            group = "gates" if name.endswith(".beta") else "decay" if decays else "no_decay"
             if "muon" in groups and id(parameter) in matrices:
                 group = "muon"
         groups[group]["params"].append(parameter)
