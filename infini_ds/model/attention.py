@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_map
 
 from .cache import LayerCache
 from .configuration import InfiniGPTNeoConfig
+from .decoding import DecodingStep, write_full_segments
 from .local_attention import local_attention, rotary_angles, rotate
-from .memory import blend
-from .memory_rule import State, get_memory_rule
+from .memory import blend, without_autocast
+from .memory_rule import State, get_memory_rule, map_state
 from .segments import SegmentGrid
 
 
@@ -45,7 +46,7 @@ class InfiniAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        grid: SegmentGrid,
+        grid: SegmentGrid | DecodingStep,
         mask: Tensor | BlockMask | None,
         state: State,
         cached: LayerCache | None,
@@ -62,6 +63,11 @@ class InfiniAttention(nn.Module):
             project(hidden).view(B, grid.N, -1, H, D).transpose(2, 3)  # (B, N, H, S, D)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if isinstance(grid, DecodingStep):
+            assert cached is not None and not isinstance(mask, BlockMask)
+            out, state = self._decode(q, k, v, grid, mask, state, cached)
+            out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
+            return self.dropout(out), state, (k, v)
         if cached is not None:
             k, v = _insert_cached(k, cached.k, grid), _insert_cached(v, cached.v, grid)
 
@@ -71,14 +77,53 @@ class InfiniAttention(nn.Module):
         local = local.unflatten(0, (B, grid.N))
 
         parameters = self.memory_parameters()
-        # Without autocast: the memory stays in fp32 whatever the precision of the layer.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             before, state = self.rule.write(state, k, v, grid.write_mask, grid.memory_document, parameters)
             if grid.memory_of is not None:
                 before = tree_map(lambda x: x[grid.memory_of], before)
             out = blend(local, self.rule.read(q, before, parameters), self.beta, grid.read_mask)
         out = self.out_proj(out.transpose(2, 3).reshape(hidden.shape))
         return self.dropout(out), state, (k, v)
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: DecodingStep,
+        mask: Tensor | None,
+        state: State,
+        cached: LayerCache,
+    ) -> tuple[Tensor, State]:
+        """Put k and v of new tokens (B, 1, H, T, D) into the cache; return the output of each head, and the memory."""
+        cached.take_ownership()
+        step.put(k[:, 0], cached.k)
+        step.put(v[:, 0], cached.v)
+        local_q, keys, values = q[:, 0], cached.k, cached.v
+        if step.angles is not None:
+            local_q = rotate(local_q, *step.angles)
+            if cached.rotated_k is None:
+                slots = torch.arange(step.S, device=q.device)
+                cached.rotated_k = rotate(cached.k, *rotary_angles(slots, q.shape[-1], self.config.rotary_base))
+            else:
+                step.put(rotate(k[:, 0], *step.angles), cached.rotated_k)
+            keys = cached.rotated_k
+        attended = step.keys(self.window)
+        keys, values = (x[:, :, attended].to(q.dtype) for x in (keys, values))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out = local_attention(local_q, keys, values, mask, dropout, causal=False)[:, None]
+        if step.read_mask is False and step.full is None:
+            return out, state
+        parameters = self.memory_parameters()
+        with without_autocast(q.device.type):
+            if step.read_mask is not False:
+                read_mask = None if step.read_mask is True else step.read_mask
+                before = map_state(lambda x: x[:, None], state)
+                out = blend(out, self.rule.read(q, before, parameters), self.beta, read_mask)
+            if step.full is not None:
+                k, v = cached.k.to(k.dtype), cached.v.to(v.dtype)
+                state = write_full_segments(self.rule, state, k, v, step.full, parameters)
+        return out, state
 
     def _with_positions(self, q: Tensor, k: Tensor, grid: SegmentGrid) -> tuple[Tensor, Tensor]:
         """Return queries and keys for local attention, rotated if positions are rotary."""
