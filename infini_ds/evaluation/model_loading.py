@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.model.cache_file import hash_weights
 from infini_ds.utils.errors import UserError, first_line
 from infini_ds.utils.pretrained import load_pretrained, load_tokenizer_files, read_config
 
@@ -113,9 +114,7 @@ def model_sha256(model: PreTrainedModel) -> str:
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_HASHED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    hash_weights(model, digest)
     return digest.hexdigest()
 
 

@@ -39,6 +39,7 @@ from .memory_rule import State, get_memory_rule
 from .outputs import InfiniModelOutput, as_requested, wants_dict
 from .recompute import checkpoint_blocks
 from .segments import SegmentGrid, build_grid, build_grid_after_cache
+from .short_conv import ShortConvolution
 
 logger = logging.get_logger(__name__)
 OutputT = TypeVar("OutputT", bound=tuple[Tensor | None, ...])  # what is computed of a block's hidden states
@@ -74,6 +75,12 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, InfiniAttention):
             nn.init.constant_(module.beta, self.config.gate_init)
+        if isinstance(module, ShortConvolution):
+            embedding = cast(InfiniGPTNeoModel, self.base_model).wte
+            if getattr(embedding.weight, "_is_hf_initialized", False):  # the other weights come from a file
+                module.start_as_identity()
+            else:
+                module.start_even()
         if isinstance(
             module, nn.ParameterDict
         ):  # of an InfiniAttention, which transformers 5 skips if `beta` is loaded
@@ -156,7 +163,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         **unknown,
     ) -> InfiniModelOutput | tuple:
         """Return the hidden states of all tokens; for the arguments see `InfiniGPTNeoForCausalLM.forward`."""
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids, document_ids)
         reject_attentions(output_attentions, self.config)
 
         def hidden_alone(hidden: Tensor, slots: slice) -> tuple[Tensor]:

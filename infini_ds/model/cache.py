@@ -5,15 +5,19 @@ Shapes: B batch, H heads, S slots in a segment, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache_file import load_cache, save_cache
 from .configuration import InfiniGPTNeoConfig
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
@@ -48,33 +52,39 @@ def _hash_after(start: Tensor, ids: Tensor) -> Tensor:
 
 
 def _fingerprint(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> dict[str, object]:
-    names = ("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding")
+    names = (
+        *("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"),
+    )
     return {name: getattr(config, name) for name in names} | {"dtype": dtype}
 
 
 @dataclass
 class LayerCache:
-    """One layer's memory, and keys and values (without rotary phase) of each row's open segment, (B, H, S, D).
+    """One layer's memory, and keys and values of each row's open segment, (B, H, S, D), as they were projected: neither
+    convolved nor rotated.
 
     Attributes:
-        rotated_k: k with rotary phase, which decoding keeps. None: not computed since k was last replaced.
-        owned: no one else holds k and v, so that `decoding` may write to them in place. It makes copies otherwise.
+        attended_k, attended_v: convolved and rotated, as local attention uses them; decoding keeps them where they are
+            not k and v themselves. None: not computed since k and v were last replaced.
+        owned: no one else holds k and v, so that decoding may write to them in place. It makes copies otherwise.
     """
 
     memory: State
     k: Tensor
     v: Tensor
-    rotated_k: Tensor | None = None
+    attended_k: Tensor | None = None
+    attended_v: Tensor | None = None
     owned: bool = False
 
     def replace_open_segment(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v, self.rotated_k, self.owned = k, v, None, False
+        self.k, self.v, self.owned = k, v, False
+        self.attended_k = self.attended_v = None
 
     def take_ownership(self) -> None:
         """Copy k and v if they are shared, a part of autograd's graph, or not writable outside of inference mode."""
         if not self.owned or (self.k.is_inference() and not torch.is_inference_mode_enabled()):
-            self.k, self.v = self.k.detach().clone(), self.v.detach().clone()
-            self.rotated_k, self.owned = None, True
+            self.replace_open_segment(self.k.detach().clone(), self.v.detach().clone())
+            self.owned = True
 
 
 class InfiniCache(Cache):
@@ -189,6 +199,30 @@ class InfiniCache(Cache):
                 raise ValueError(f"the prompt begins like the text in the cache, and then differs from it: {hint}")
         self.offset, self.offset_hash = self.columns, self.ids_hash
 
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
+        """Write the cache to a file, atomically, with a hash of the weights of the model that it is a cache of."""
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> InfiniCache:
+        """Return the cache in a file, on the model's device.
+
+        Raises:
+            ValueError: the file is damaged or not a cache, or the cache of another model or other weights.
+        """
+        return load_cache(cls, path, model)
+
+    def copy(self) -> InfiniCache:
+        """Return an independent copy: each of several continuations of one text begins with its own."""
+
+        def cloned(values: dict) -> dict:
+            return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, values)
+
+        branch = copy.copy(self)
+        vars(branch).update(cloned(vars(self)))
+        branch.layer_caches = [replace(layer, **cloned(vars(layer))) for layer in self.layer_caches]
+        return branch
+
     def store_open_segments(self, keys_values: list[tuple[Tensor, Tensor]], open_segment: Tensor) -> None:
         """Store the keys and values of each row's open segment, if it is one of these segments.
 
@@ -251,7 +285,7 @@ class InfiniCache(Cache):
         tensors = [self.open_documents, self.memory_document]
         for layer in self.layer_caches:
             tensors += [*tree_leaves(layer.memory), layer.k, layer.v]
-            tensors += [] if layer.rotated_k is None else [layer.rotated_k]
+            tensors += [x for x in (layer.attended_k, layer.attended_v) if x is not None]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -280,10 +314,10 @@ class InfiniCache(Cache):
         self.ids_hash, self.offset_hash = (x if x is None else x[index] for x in (self.ids_hash, self.offset_hash))
         for layer in self.layer_caches:
             layer.memory = tree_map(lambda x: x[index], layer.memory)
-            rotated_k = layer.rotated_k
+            attended = layer.attended_k, layer.attended_v
             layer.replace_open_segment(layer.k[index], layer.v[index])
             layer.owned = not layer.k.requires_grad
-            layer.rotated_k = None if rotated_k is None else rotated_k[index]
+            layer.attended_k, layer.attended_v = (x if x is None else x[index] for x in attended)
 
     reorder_cache = select_rows  # type: ignore[assignment]  # transformers' name for it in beam search
     batch_select_indices = select_rows  # type: ignore[assignment]

@@ -117,6 +117,24 @@ class DecodingStep:
         assert self.full.rows is not None
         return self.documents.index_fill(0, self.full.rows, NO_DOCUMENT)
 
+    def last_slots(self, slots: Tensor, width: int) -> Tensor:
+        """Return the values (B, H, ≤ T + width - 1, D) of the new tokens and of up to width - 1 before them."""
+        if self.first is not None:
+            return slots[:, :, max(0, self.first - width + 1) : self.first + self.T]
+        index = self._last_index(width).clamp_min(0)[:, None, :, None]
+        return slots.gather(2, index.expand(-1, slots.shape[1], -1, slots.shape[3]))
+
+    def last_documents(self, width: int) -> Tensor | None:
+        """Return the documents of `last_slots`, NO_DOCUMENT before the segment; None: all are of one document."""
+        if self.first is not None:
+            return None
+        index = self._last_index(width)
+        documents = torch.zeros_like(index) if self.documents is None else self.documents.gather(1, index.clamp_min(0))
+        return documents.masked_fill(index < 0, NO_DOCUMENT)
+
+    def _last_index(self, width: int) -> Tensor:
+        return self.slots[:, :1] + torch.arange(1 - width, self.T, device=self.slots.device)
+
     def put(self, new: Tensor, slots: Tensor) -> None:
         """Write keys or values of the new tokens (B, H, T, D) into those of all slots (B, H, S, D), in place."""
         if self.first is not None:

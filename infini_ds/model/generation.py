@@ -1,5 +1,7 @@
 """How transformers' `generate()` uses the model: what a step gets, and that length is unlimited."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -43,6 +45,10 @@ class InfiniGenerationMixin(GenerationMixin):
             for name in ("attention_mask", "document_ids", "position_ids"):
                 model_kwargs.pop(name, None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def load_cache(self, path: str | Path) -> InfiniCache:
+        """Return the cache that `InfiniCache.save` wrote to a file, for this model. Errors are those of its `load`."""
+        return InfiniCache.load(path, self)  # type: ignore[arg-type]
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Return what transformers' `generate()` returns, for a prompt with or without a cache.

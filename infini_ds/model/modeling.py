@@ -1,6 +1,7 @@
 """Infini-GPT-Neo: GPT-Neo whose every layer also reads and writes a compressive memory, as Hugging Face models.
 
-Parameter names are GPT-Neo's own; each layer adds one gate `beta` a head, and the parameters of its memory rule.
+Parameter names are GPT-Neo's own; each layer adds one gate `beta` a head, the parameters of its memory rule,
+and those of its short convolution if it has one.
 
 Shapes: B batch, T tokens, E width, V vocabulary, C labels.
 """
@@ -21,11 +22,13 @@ from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput, as_re
 # An export's code is copied by transformers 4, which follows the direct imports of this file and of configuration.py
 # alone: what other files import is repeated.
 from .attention import InfiniAttention  # noqa: F401
+from .cache_file import save_cache  # noqa: F401
 from .decoding import DecodingStep  # noqa: F401
 from .layers import InfiniLayer  # noqa: F401
 from .local_attention import local_attention  # noqa: F401
 from .recompute import checkpoint_blocks  # noqa: F401
 from .segments import SegmentGrid  # noqa: F401
+from .short_conv import ShortConvolution  # noqa: F401
 
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
 
@@ -74,7 +77,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         cache: InfiniCache | None = None,
         **unknown,
     ) -> InfiniCausalLMOutput | tuple:
-        """Return the loss if there are labels, logits, the cache, and each layer's memory.
+        """Return the loss if there are labels, logits, the cache, and each layer's memory: after all tokens, or with a
+        cache after the last full segment.
 
         Args:
             input_ids: (B, T).
@@ -109,7 +113,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
                 a cache in training with gradient checkpointing.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids, document_ids)
         reject_attentions(output_attentions, self.config)
         named = wants_dict(return_dict, self.config)
         if use_cache is None and labels is not None:
@@ -234,7 +238,7 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
             ValueError: an argument whose value this model has no meaning for.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids)
         reject_attentions(output_attentions, self.config)
         context = self.transformer.prepare(
             input_ids,

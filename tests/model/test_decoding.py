@@ -11,13 +11,19 @@ from reference import TINY, gradients, random_ids, tiny_model, writer
 from strategies import RULES, texts_in_pieces
 from torch.testing import assert_close
 
-from infini_ds.model import base_model
+from infini_ds.model import InfiniCache, base_model
 from infini_ds.model.decoding import DecodingStep
 from infini_ds.model.memory_rule import get_memory_rule
 
 exact = {"rtol": 1e-9, "atol": 1e-11}
 many = settings(deadline=None, max_examples=60, derandomize=True)
 S = TINY["segment_length"]
+KINDS = [
+    {"position_embedding": "segment"},
+    {"position_embedding": "rotary"},
+    {"position_embedding": "segment", "short_conv": 2},
+    {"position_embedding": "rotary", "short_conv": 3},
+]
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -72,13 +78,11 @@ TEXTS = {
 
 @pytest.mark.parametrize("pieces", [[6] + [1] * 14, [6, 2, 1, 1, 2, 2, 2, 1, 3]], ids=["single", "several"])
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
-@pytest.mark.parametrize("rule", [*RULES, "gated_decay"])
-def test_decoding_equals_the_general_path_and_a_pass_without_cache(
-    rule, position_embedding, text, pieces, general_path, computed
-):
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values())))
+@pytest.mark.parametrize("rule", ["linear", "delta", "gated_decay"])
+def test_decoding_equals_the_general_path_and_a_pass_without_cache(rule, fields, text, pieces, general_path, computed):
     """At all positions, across segment ends, in a global layer and in one whose window is shorter than a segment."""
-    model = tiny_model(memory_rule=rule, position_embedding=position_embedding)
+    model = tiny_model(memory_rule=rule, **fields)
     ids, (mask, documents) = random_ids(3, sum(pieces)), TEXTS[text]
     logits, cache = in_pieces(model, ids, pieces, mask, documents)
     steps = Counter(kind is DecodingStep for kind, *_ in computed)
@@ -155,10 +159,10 @@ def prompts(kind):
     "options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"use_memory": False}], ids=str
 )
 @pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
-def test_generation_decodes_every_token_after_the_prompt(position_embedding, kind, options, computed, general_path):
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_generation_decodes_every_token_after_the_prompt(fields, kind, options, computed, general_path):
     """One token a row and step, across segment ends, and the text is that of the general path."""
-    model, (ids, arguments) = writer(position_embedding=position_embedding), prompts(kind)
+    model, (ids, arguments) = writer(**fields), prompts(kind)
     options = OPTIONS | arguments | options
 
     def generate():
@@ -238,17 +242,18 @@ def continued(model, cache, tokens):
     return torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values())))
 @pytest.mark.parametrize("before", [0, 2])
-def test_a_copy_of_a_cache_is_independent(before, position_embedding):
+@pytest.mark.parametrize("copying", [copy.deepcopy, InfiniCache.copy], ids=["deepcopy", "copy"])
+def test_a_copy_of_a_cache_is_independent(copying, before, fields):
     """Copied before and after decoding steps, it continues in two ways."""
-    model, ids = tiny_model(position_embedding=position_embedding), random_ids(2, 7 + before)
+    model, ids = tiny_model(**fields), random_ids(2, 7 + before)
     one, other = random_ids(2, 6, seed=1), random_ids(2, 6, seed=2)
     with torch.no_grad():
         cache = model(ids[:, :7], use_cache=True).past_key_values
         if before:
             continued(model, cache, ids[:, 7:])
-        branch = copy.deepcopy(cache)
+        branch = copying(cache)
         first = torch.cat([continued(model, cache, one[:, :3]), continued(model, cache, one[:, 3:])], dim=1)
         assert_close(
             continued(model, branch, other), model(torch.cat([ids, other], 1)).logits[:, 7 + before :], **exact
@@ -292,10 +297,10 @@ def test_decoding_leaves_autograds_tensors_alone():
         assert_close(got[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
-def test_rows_are_chosen_between_steps(position_embedding):
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_rows_are_chosen_between_steps(fields):
     """As beams do, at every step and with rows of different lengths."""
-    model, (ids, arguments) = tiny_model(position_embedding=position_embedding), prompts("padded")
+    model, (ids, arguments) = tiny_model(**fields), prompts("padded")
     index = torch.tensor([2, 0, 0])
     with torch.no_grad():
         cache = model(ids, **arguments, use_cache=True).past_key_values
@@ -309,7 +314,7 @@ def test_rows_are_chosen_between_steps(position_embedding):
 
 
 def test_bf16_decodes_as_the_general_path(general_path):
-    model, ids = tiny_model(dtype=torch.bfloat16, position_embedding="rotary"), random_ids(2, 20)
+    model, ids = tiny_model(dtype=torch.bfloat16, position_embedding="rotary", short_conv=2), random_ids(2, 20)
     fast, _ = in_pieces(model, ids, [7, *[1] * 13])
     slow, _ = general_path(lambda: in_pieces(model, ids, [7, *[1] * 13]))
     assert_close(fast, slow, rtol=0.02, atol=0.05)

@@ -31,6 +31,7 @@ def batches(draw, max_segments: int = 4, rules: tuple[str, ...] = RULES):
         position_embedding=draw(st.sampled_from(["segment", "rotary"])),
         memory_rule=draw(st.sampled_from(rules)),
         window_size=draw(st.integers(1, 7)),
+        short_conv=draw(st.sampled_from([0, 2, 3])),
         num_layers=len(kinds),
         attention_types=[[kinds, 1]],
     )
@@ -56,5 +57,6 @@ def texts_in_pieces(draw, rules: tuple[str, ...] = RULES):
         position_embedding=draw(st.sampled_from(["segment", "rotary"])),
         memory_rule=draw(st.sampled_from(rules)),
         window_size=draw(st.integers(1, 7)),
+        short_conv=draw(st.sampled_from([0, 2, 3])),
     )
     return model, random_ids(B, T, seed), mask, documents, pieces
