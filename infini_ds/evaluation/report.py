@@ -15,7 +15,8 @@ from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation.generation import prompt_inputs
 from infini_ds.evaluation.plots import plot_gates, plot_loss_by_position, plot_loss_curves
-from infini_ds.evaluation.tasks.position import bin_means, sources_of_run
+from infini_ds.evaluation.tasks.position import bin_means
+from infini_ds.evaluation.validation_rows import sources_of_run
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.validation import PositionLosses, position_losses

@@ -2,8 +2,8 @@
 
 `memory` has each layer's state in the form of its memory rule. Without a cache it is the state after all tokens. With a
 cache, which a forward pass outside of training and without labels returns by default, it is the state after the last
-full segment: the tokens after that are in the cache, and are written when their segment is full. For the state after all
-tokens pass `use_cache=False`.
+full segment: later tokens are in the cache, and are written when their segment is full. For the state after all tokens
+pass `use_cache=False`.
 
 `hidden_states`, if requested: (B, T, E) of the embeddings and after each layer, the last one after the last norm; 0 at
 padding. `attentions` is always None.
