@@ -92,15 +92,29 @@ def read_documents(options: ReadOptions) -> Iterator[Document]:
     return found.read(argument, options)
 
 
+LIBRARY_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
 @source("stdlib")
 def read_stdlib(_: str, options: ReadOptions) -> Iterator[Document]:
     """The running Python's own library: the help topics of pydoc, then every source file that it came with."""
+    return _read_library(LIBRARY_SKIPS)
+
+
+@source("stdlib-modules")
+def read_stdlib_modules(_: str, options: ReadOptions) -> Iterator[Document]:
+    """The same without tests and tables of encodings: alike on all systems, of which some lack the tests."""
+    return _read_library(LIBRARY_SKIPS | {"test", "tests", "idle_test", "encodings"})
+
+
+def _read_library(skip: frozenset[str]) -> Iterator[Document]:
+    """Yield the help topics of pydoc and the library's source files that lie in no folder of a name in `skip`."""
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
         yield Document(f"pydoc topic {topic}", topics[topic])
     root = Path(sysconfig.get_path("stdlib"))
-    for path in walk_library(root, ".py", skip={"site-packages", "dist-packages", "__pycache__"}):
+    for path in walk_library(root, ".py", skip):
         name = path.relative_to(root).as_posix()
         try:
             with tokenize.open(path) as file:

@@ -158,7 +158,8 @@ class Pairs(KeyValueTask):
 
     Attributes:
         queries: number of questions. No key is asked for again before all have been.
-        first: which of the two a fact names first, "key" or "value"; a question names a key in any case.
+        first: which of the two a fact names first, "key" or "value", or "both": all facts of an example have one order,
+            which is drawn. A question names a key in any case.
     """
 
     pairs: IntRange = FOUR
@@ -170,12 +171,13 @@ class Pairs(KeyValueTask):
         check_range("pairs", self.pairs.low, 1, self.keys)
         check_range("pairs", self.pairs.high, 1, self.keys)
         check_range("queries", self.queries.low, 1, math.inf)
-        check_choice("first", self.first, "key", "value")
+        check_choice("first", self.first, "key", "value", "both")
 
     def write(self, writer: ExampleWriter) -> None:
         pairs, queries = self.pairs.draw(writer.rng), self.queries.draw(writer.rng)
         keys, values = self.draw_keys(writer, pairs), self.draw_values(writer, pairs)
-        facts = zip(keys, values, strict=True) if self.first == "key" else zip(values, keys, strict=True)
+        first = writer.rng.choice(("key", "value")) if self.first == "both" else self.first
+        facts = zip(keys, values, strict=True) if first == "key" else zip(values, keys, strict=True)
         ends = [writer.add(*fact) for fact in facts]
         self.add_distance(writer)
         order: list[int] = []

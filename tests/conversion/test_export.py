@@ -105,6 +105,22 @@ for folder, block in json.loads(sys.argv[1]):
     assert "warn" not in shown.lower(), shown
 
 
+def test_a_tokenizer_loads_without_a_question(exports, tmp_path):
+    """transformers 5 loads the model's configuration first, which is code of the folder: it asks unless it is told."""
+    program = """
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+for tokenizer in (
+    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True),
+    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False),
+    PreTrainedTokenizerFast.from_pretrained(sys.argv[1]),
+):
+    print("LOADED", tokenizer.encode("import a"), tokenizer.padding_side)
+"""
+    shown = run_alone(program, exports["adds_start"], cwd=tmp_path, cache=tmp_path / "cache")
+    assert shown.count("LOADED [0, 2, 3] left\n") == 3 and "[y/N]" not in shown, shown
+
+
 def test_tokenizers_of_exports_pad_on_the_left_without_a_limit_and_without_token_types(exports):
     for name, folder in exports.items():
         if name == "no tokenizer":

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 import transformers
 from harness import ROOT, environment
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).double()
 counts = []
 model.transformer.wte.register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].numel()))
-inputs = AutoTokenizer.from_pretrained(folder)("b c d e f g h i", return_tensors="pt")
+inputs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("b c d e f g h i", return_tensors="pt")
 text = model.generate(**inputs, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
 assert classifier(inputs["input_ids"]).logits.shape == (1, 3)
@@ -57,14 +58,15 @@ def test_the_tests_run_with_the_version_that_was_asked_for():
     assert transformers.__version__ == os.environ.get("TESTED_TRANSFORMERS", transformers.__version__)
 
 
-def test_an_export_generates_with_its_cache_in_a_process_of_its_own(tmp_path):
+@pytest.mark.parametrize("short_conv", [0, 2])
+def test_an_export_generates_with_its_cache_in_a_process_of_its_own(short_conv, tmp_path):
     letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrs"[: TINY["vocab_size"]])}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="a", model_input_names=["input_ids", "attention_mask"]
     ).save_pretrained(tmp_path / "tokenizer")
-    model = writer(dtype=torch.float32)
+    model = writer(dtype=torch.float32, short_conv=short_conv)
     write_folder(model, tmp_path / "tokenizer", tmp_path / "folder", "A card.\n")
     # The packages of this interpreter, in its order, without the project.
     variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}

@@ -56,10 +56,10 @@ def read(model, ids, cache=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
-def test_continuing_from_a_file_is_never_having_stopped(rule, dtype, position_embedding, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"position_embedding": "rotary"}, {"short_conv": 3}], ids=str)
+def test_continuing_from_a_file_is_never_having_stopped(rule, dtype, fields, tmp_path):
     """To the last bit, with rows of different lengths and documents; and it is what one forward pass gives."""
-    model = tiny_model(dtype=dtype, memory_rule=rule, position_embedding=position_embedding)
+    model = tiny_model(dtype=dtype, memory_rule=rule, **fields)
     ids, mask = random_ids(2, 5 * S + 3), torch.ones(2, 5 * S + 3, dtype=torch.long)
     mask[1, : S - 1] = 0
     documents = torch.arange(5 * S + 3)[None].repeat(2, 1) // (2 * S)
@@ -143,6 +143,7 @@ def test_the_cache_of_another_model_is_refused(tmp_path):
     for other, difference in (
         (tiny_model(seed=1), "other weights than this one's (another model, or another step of its training)"),
         (tiny_model(memory_rule="delta"), "memory_rule=linear, and this model has memory_rule=delta"),
+        (tiny_model(short_conv=2), "short_conv=0, and this model has short_conv=2"),
         (tiny_model(segment_length=S + 1), f"segment_length={S}, and this model has segment_length={S + 1}"),
         (tiny_model(window_size=2), "window_size=3, and this model has window_size=2"),
         (tiny_model(dtype=torch.float32), "dtype=float64, and this model has dtype=float32"),
