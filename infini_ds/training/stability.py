@@ -106,7 +106,7 @@ class Stability(Hook):
             update_loss_statistics(state, decision.loss, self.limits.spike_window)
             return None
         reason = "spike" if decision.rolls_back else "loss" if decision.nonfinite_ranks else "gradient"
-        rows = all_gather_object(step.batch.row_numbers)
+        rows = all_gather_object(step.batch.row_numbers)[:: trainer.run.dims.sequence]  # of each data rank
         if trainer.is_rank_zero:
             skipped = SkippedStep(step.number, reason, decision.nonfinite_ranks, rows)
             skip_records.append_skipped_step(self.recipe.folder, skipped)
@@ -132,7 +132,7 @@ class Stability(Hook):
             UserError: no such checkpoint exists, or the run was rolled back to it too often.
         """
         folder = self.recipe.folder
-        remedy = f"lower optimizer.learning_rate={self.recipe.optimizer.learning_rate}, in a run of another name="
+        remedy = f"lower {self.recipe.optimizer.rates_of_weights}, in a run of another name="
         target = checkpoints.newest_intact(folder, healthy=True)
         if target is None:
             raise UserError(f"{reason.what}, and no checkpoint from before exists to roll back to: {remedy}")

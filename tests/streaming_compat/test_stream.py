@@ -55,9 +55,7 @@ def test_ours_lets_runs_expand_one_shard(large):
 
 def test_plain_streaming_fails_where_two_runs_fetch_one_file(large, tmp_path):
     code = FETCH.format(open_stream='stream = Stream(local=cache, remote=remote, split="train")')
-    errors = run_in_fork(
-        code, remote=str(large), cache=str(tmp_path / "cache"), defaults=DEFAULTS, how=UNTIL_ERROR
-    )
+    errors = run_in_fork(code, remote=str(large), cache=str(tmp_path / "cache"), defaults=DEFAULTS, how=UNTIL_ERROR)
     assert any(error.startswith("FileNotFoundError") for error in errors)
 
 
