@@ -14,7 +14,6 @@ lengths; --prompts of them at once. --profile shows in which operators a trainin
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 
 from infini_ds.benchmarks.contenders import BASELINES, GENERATING, ModelShape, check_contender, is_infini
+from infini_ds.benchmarks.gpu.machine import cpu_name
 from infini_ds.benchmarks.measure import BenchmarkPlan, run_benchmark
 from infini_ds.benchmarks.plot import plot_speed_and_memory
 from infini_ds.benchmarks.results import summarize
@@ -119,8 +119,7 @@ def machine() -> str:
     """Return the name of the GPU, or of the CPU and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return cpu_name()
 
 
 if __name__ == "__main__":
