@@ -57,6 +57,12 @@ class EvaluatedModel:
         return hashlib.sha256(f"{self.sha256} {vocabulary}".encode()).hexdigest()
 
     @property
+    def start_ids(self) -> list[int]:
+        """The token that a text begins with: the start token, or the end token of a tokenizer without one."""
+        of_start, of_end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [of_start if of_start is not None else of_end]
+
+    @property
     def facts(self) -> ModelFacts:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return ModelFacts(self.path, self.sha256, parameters, self.model.config.model_type)

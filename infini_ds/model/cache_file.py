@@ -92,8 +92,8 @@ def load_cache(cache_class: type[InfiniCache], path: str | Path, model: PreTrain
     cache.open_documents, cache.memory_document = on_device["open_documents"], on_device["memory_document"]
     cache.first_ids = on_device["first_ids"]
     cache.ids_hash, cache.offset_hash = (on_device.get(name) for name in OPTIONAL)
-    columns, offset, packed, free = tensors["counts"].tolist()
-    cache.columns, cache.offset, cache.packed, cache.min_free_slots = columns, offset, bool(packed), free
+    columns, offset, packed = tensors["counts"].tolist()
+    cache.columns, cache.offset, cache.packed = columns, offset, bool(packed)
     return cache
 
 
@@ -101,7 +101,7 @@ def _tensors(cache: InfiniCache) -> dict[str, Tensor]:
     """Return all that a cache consists of by name. Numbers are a tensor, so that a file's size does not tell them."""
     tensors = {name: getattr(cache, name) for name in ("open_documents", "memory_document", "first_ids")}
     tensors |= {name: value for name in OPTIONAL if (value := getattr(cache, name)) is not None}
-    tensors["counts"] = torch.tensor([cache.columns, cache.offset, cache.packed, cache.min_free_slots])
+    tensors["counts"] = torch.tensor([cache.columns, cache.offset, cache.packed])
     for index, layer in enumerate(cache.layer_caches):
         named = {f"memory.{name}": tensor for name, tensor in state_tensors(layer.memory).items()}
         tensors |= {f"layers.{index}.{name}": x for name, x in (named | {"k": layer.k, "v": layer.v}).items()}

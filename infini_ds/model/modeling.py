@@ -23,6 +23,7 @@ from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput, as_re
 # alone: what other files import is repeated.
 from .attention import InfiniAttention  # noqa: F401
 from .cache_file import save_cache  # noqa: F401
+from .decoding import DecodingStep  # noqa: F401
 from .layers import InfiniLayer  # noqa: F401
 from .local_attention import local_attention  # noqa: F401
 from .recompute import checkpoint_blocks  # noqa: F401
@@ -135,6 +136,10 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         )
         grid, T = context.grid, context.input_ids.shape[1]
         targets = None if labels is None else grid.shift_labels(labels, IGNORE_INDEX)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        columns = torch.arange(T, device=context.input_ids.device)[kept] if return_logits else None
+        if columns is not None and len(columns) > grid.S:
+            columns = None  # so many that the hidden states of all tokens are kept until the end
 
         def loss_and_hidden(hidden: Tensor, slots: slice) -> tuple[Tensor | None, Tensor | None]:
             loss = None
@@ -148,6 +153,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
                 else:
                     loss = (token_losses if loss_reduction == "none" else summed_loss)(rows, weight, row_targets)
                 loss = loss.view(block_targets.shape) if loss_reduction == "none" else loss
+            if columns is not None:
+                hidden = grid.at_columns(columns, hidden, slots)
             return loss, hidden if return_logits else None
 
         outputs, memory, hidden_states = self.transformer.run_blocks(
@@ -156,14 +163,17 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         losses, hidden = zip(*outputs, strict=True)
         loss = logits = None
         if targets is not None and loss_reduction == "none":
-            loss = grid.from_slots(torch.cat(losses, dim=1), T)[:, :-1]
+            loss = grid.from_slots(grid.join(losses), T)[:, :-1]
         elif targets is not None:
-            loss = torch.stack(losses).sum()
+            loss = grid.sum(torch.stack(losses).sum())
             if loss_reduction == "mean":
                 loss = loss / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(grid.from_slots(torch.cat(hidden, dim=1), T)[:, kept])
+            if columns is None:
+                of_columns = grid.from_slots(grid.join(hidden), T)[:, kept]
+            else:
+                of_columns = grid.sum(hidden[0] if len(hidden) == 1 else torch.stack(hidden).sum(0))
+            logits = self.lm_head(of_columns)
         # In the order of their fields, since the third one has two names.
         output = InfiniCausalLMOutput(
             loss,  # type: ignore[arg-type]
@@ -251,7 +261,7 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
         outputs, memory, hidden_states = self.transformer.run_blocks(
             context, last_hidden, self.transformer, output_hidden_states
         )
-        logits = self.score(torch.stack([hidden for (hidden,) in outputs]).sum(0))
+        logits = self.score(context.grid.sum(torch.stack([hidden for (hidden,) in outputs]).sum(0)))
         loss = None
         if labels is not None:
             batch_size = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}

@@ -48,7 +48,10 @@ def test_quickstart_from_shards_to_report_and_again(clone, shards, tmp_path):
     choices += ["stability.check_gradients=false"]  # which Muon does not allow
     command = ["--config", "launch/recipes/tiny-cpu.yaml", *choices, "steps=6", "batch.rows=4"]
     first = quickstart(clone, *command).stdout
-    for words in ("=== training", "=== export", "validation loss", "with the memory off", "--- try next"):
+    ranks = max(n for n in (1, 2, 4) if n <= len(os.sched_getaffinity(0)))
+    option = f" --num_gpus {ranks}" if ranks > 1 else ""
+    go_on = f"deepspeed{option} launch/pretrain.py --config 'my runs/quick'/recipe.yaml steps=12"
+    for words in (go_on, "=== training", "=== export", "validation loss", "with the memory off", "--- try next"):
         assert words in first, words
     assert "text to shards" not in first and "=== text" not in first  # the data is not the default's
     for name in ("report.md", "loss_by_position.png", "export/model.safetensors", "checkpoints/step-000006"):
