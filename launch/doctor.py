@@ -11,6 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 from rich.text import Text
@@ -35,7 +36,9 @@ def main() -> None:
     parser.add_argument("--config", help="a recipe, such as launch/recipes/tiny-cpu.yaml")
     parser.add_argument("--fix", action="store_true", help="repair what is safe: remove what dead runs left, and "
                         "damaged shards that can be restored")  # fmt: skip
-    parser.add_argument("--ranks", type=int, default=1, help="also try as many ranks here (default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="check for, and try, as many ranks here (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="to wait for other ranks (default: %(default)s)")
     parser.add_argument("--only-ranks", action="store_true", help="check nothing but the ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -51,7 +54,9 @@ def main() -> None:
         prepares = needs_default(args.config, args.overrides) and lacks_default_data(recipe)
         if prepares:
             recipe = with_data_to_prepare(recipe)
-        for finding in check_node(recipe, environment, args.fix, require_data=not prepares):
+        alone = environment.world_size == 1
+        ranks = replace(environment, world_size=args.ranks, local_world_size=args.ranks) if alone else environment
+        for finding in check_node(recipe, ranks, args.fix, require_data=not prepares):
             problems += finding.state == "problem"
             show(finding, console)
     if environment.world_size > 1 or args.ranks > 1:

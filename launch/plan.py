@@ -60,8 +60,9 @@ def summary_table(plan: Plan) -> Table:
     table.add_row("parameters", f"{plan.parameters:,}")
     per_parameter = plan.tokens / plan.parameters
     table.add_row("tokens", f"{plan.tokens:,} in {run.recipe.steps:,} steps, {per_parameter:.1f} per parameter")
-    micro_batches = f"{shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
-    table.add_row("a step", f"{run.dims.world_size} ranks x {micro_batches}")
+    micro_batches = f"{shape.accumulation} x {shape.micro_rows} rows of {run.sequence_length:,} tokens"
+    ranks = f"{run.dims.world_size} ranks" + (f" ({run.dims.sequence} on each row)" if run.dims.sequence > 1 else "")
+    table.add_row("a step", f"{ranks} x {micro_batches}")
     kept = "recomputed block by block" if work.checkpointing else "all activations kept"
     segments = f"{work.block_segments} of {work.segments} segments of {work.segment_length}"
     table.add_row("a block", f"{segments}, {kept}, {work.precision}")

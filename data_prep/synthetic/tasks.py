@@ -5,7 +5,7 @@ To add one, write a subclass of `RecallTask` with `@register_task(NAME)`.
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -88,6 +88,14 @@ def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
     return register
 
 
+PASSKEY_QUESTION = ["what", "is", "the", "pass", "key", "?", "the", "pass", "key", "is"]
+
+
+def passkey_fact(number: Sequence[str]) -> list[str]:
+    """Return the words of the fact that a number of some digits is the pass key."""
+    return ["the", "pass", "key", "is", *number, ".", "remember", "it", "."]
+
+
 @register_task("passkey")
 @dataclass(frozen=True)
 class Passkey(RecallTask):
@@ -105,10 +113,10 @@ class Passkey(RecallTask):
 
     def write(self, writer: ExampleWriter) -> None:
         number = writer.rng.choices(DIGITS, k=self.digits)
-        fact = writer.add("the", "pass", "key", "is", *number, ".", "remember", "it", ".")
+        fact = writer.add(*passkey_fact(number))
         self.add_distance(writer)
         begin = writer.length
-        writer.add("what", "is", "the", "pass", "key", "?", "the", "pass", "key", "is")
+        writer.add(*PASSKEY_QUESTION)
         writer.add_answer(*number, distance=begin - fact)
 
 

@@ -15,7 +15,7 @@ OLD_SKIPPED_ROWS = "passed_over.jsonl"
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """A step that was skipped: why ("loss", "gradient" or "spike"), on which ranks, and the row numbers by rank."""
+    """A step that was skipped: why ("loss", "gradient" or "spike"), on which ranks, and its rows by data rank."""
 
     step: int
     reason: str

@@ -31,10 +31,11 @@ class BatchShape:
         return self.rank_rows // self.micro_rows
 
 
-def batch_shape(batch: BatchSection, sequence_length: int, data_size: int) -> BatchShape:
+def batch_shape(batch: BatchSection, sequence_length: int, data_size: int, sequence: int = 1) -> BatchShape:
     """Divide the global batch over data ranks and micro-batches.
 
     `batch.micro_rows` is an upper bound: it is lowered to the largest number that divides the rows of a rank.
+    `sequence`: ranks that share each row.
 
     Raises:
         UserError: the batch is less than one row, or its rows cannot be divided over the data ranks.
@@ -49,8 +50,9 @@ def batch_shape(batch: BatchSection, sequence_length: int, data_size: int) -> Ba
         given += f" ({rows} rows of {sequence_length} tokens)"
     if rows % data_size:
         nearest = max(1, round(rows / data_size)) * data_size
+        ranks = "ranks" if sequence == 1 else f"groups of parallel.sequence={sequence} ranks"
         raise UserError(
-            f"{given} cannot be divided over {data_size} ranks: give batch.tokens=null batch.rows={nearest}"
+            f"{given} cannot be divided over {data_size} {ranks}: give batch.tokens=null batch.rows={nearest}"
         )
     rank_rows = rows // data_size
     micro_rows = max(m for m in range(1, min(batch.micro_rows, rank_rows) + 1) if rank_rows % m == 0)

@@ -128,6 +128,8 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
                 '"auto" in the file'
             )
         config[key] = value
+    # DeepSpeed counts every rank as one that reads rows of its own.
+    config["train_batch_size"] *= recipe.parallel.sequence
     enabled = (config.get("bf16") or {}).get("enabled", "auto") if isinstance(config.get("bf16", {}), dict) else None
     if enabled not in ("auto", precision == "bf16"):
         raise UserError(

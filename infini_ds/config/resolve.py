@@ -24,6 +24,7 @@ from infini_ds.data.sources import DataSource
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.distributed.parallel_dims import ParallelDims
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
+from infini_ds.model.memory_rule import get_memory_rule
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.pretrained import check_weight_files
 
@@ -75,11 +76,11 @@ def resolve(
     Raises:
         UserError: the recipe does not fit the data, the ranks or the devices.
     """
-    dims = ParallelDims(environment.world_size, environment.rank)
+    dims = _parallel_dims(recipe, environment)
     sources = _find_sources(recipe, require_data)
     manifest = sources[0].manifest if sources else None
     sequence_length = _sequence_length(recipe, sources, require_data)
-    shape = batch_shape(recipe.batch, sequence_length, dims.data_size)
+    shape = batch_shape(recipe.batch, sequence_length, dims.data_size, dims.sequence)
     cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
     if cache_limit is not None and require_data:
         readers = environment.local_world_size * max(1, recipe.data.workers)
@@ -93,6 +94,8 @@ def resolve(
     file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
     ds_config = deepspeed_config(file, recipe, shape, precision)
     config = model_config(recipe, manifest)
+    if dims.sequence > 1:
+        _check_division(recipe, config, sequence_length)
     if require_data and recipe.model.start_from is not None:
         check_weight_files(Path(recipe.model.start_from), f"model.start_from={recipe.model.start_from}")
     if recipe.model.attention == "flex_attention" and kind == "cpu":
@@ -116,6 +119,32 @@ def resolve(
         data_fingerprint=fingerprint(list(sources), shape.rows, recipe.data.seed) if sources else None,
         cache_limit=cache_limit,
     )
+
+
+def _parallel_dims(recipe: Recipe, environment: DistEnv) -> ParallelDims:
+    ranks, sequence = environment.world_size, recipe.parallel.sequence
+    if ranks % sequence:
+        raise UserError(
+            f"parallel.sequence={sequence} does not divide the number of ranks, {ranks}: give one of "
+            f"{', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}, or start a multiple of it"
+        )
+    return ParallelDims(ranks, environment.rank, sequence)
+
+
+def _check_division(recipe: Recipe, config: InfiniGPTNeoConfig, sequence_length: int) -> None:
+    """Raise a UserError unless the segments of a row can be divided over `parallel.sequence` ranks."""
+    given = f"parallel.sequence={recipe.parallel.sequence}"
+    segments = -(-sequence_length // config.segment_length)
+    if segments < recipe.parallel.sequence:
+        raise UserError(
+            f"{given} is more than the segments of a row, {segments} ({sequence_length} tokens in segments of "
+            f"{config.segment_length}), of which each rank needs one: lower it, or prepare longer rows"
+        )
+    if not get_memory_rule(config.memory_rule).can_be_divided:
+        raise UserError(
+            f"{given}, but model.memory_rule={config.memory_rule} cannot be divided over ranks, since it has no "
+            "write_divided: give parallel.sequence=1"
+        )
 
 
 def choose_precision(asked: str, device: torch.device) -> str:

@@ -161,6 +161,17 @@ class BatchSection(Section):
     micro_rows: int = key(1, "rows of a micro-batch of a rank, at most", ge=1, resumable=True)
 
 
+class ParallelSection(Section):
+    """How the ranks share the work: data ranks, which read different rows, times ranks that share each row."""
+
+    sequence: int = key(
+        1,
+        "ranks over which the segments of each row are divided; a block then has segments_per_block on each of them",
+        ge=1,
+        resumable=True,
+    )
+
+
 class OptimizerSection(Section):
     """AdamW, or Muon for the matrices of the layers and AdamW for all other parameters. Adam moves a value by at most
     the sum of its learning rates, so the gates have a higher one.
@@ -329,6 +340,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     batch: BatchSection = BatchSection()
+    parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     validation: ValidationSection = ValidationSection()

@@ -8,6 +8,7 @@ from .configuration import InfiniGPTNeoConfig
 from .memory import MemoryState
 from .memory_rule import MemoryRule, register_memory_rule
 from .modeling import InfiniGPTNeoForCausalLM, InfiniGPTNeoForSequenceClassification, InfiniGPTNeoModel
+from .sequence_parallel import SequenceGroup
 
 __all__ = [
     "BlockSchedule",
@@ -18,6 +19,7 @@ __all__ = [
     "InfiniGPTNeoModel",
     "MemoryRule",
     "MemoryState",
+    "SequenceGroup",
     "register_memory_rule",
 ]
 

@@ -85,7 +85,11 @@ class InfiniAttention(nn.Module):
 
         parameters = self.memory_parameters()
         with without_autocast(hidden.device.type):
-            before, state = self.rule.write(state, k, v, grid.write_mask, grid.memory_document, parameters)
+            written = (state, k, v, grid.write_mask, grid.memory_document, parameters)
+            if grid.group is None:
+                before, state = self.rule.write(*written)
+            else:
+                before, state = self.rule.write_divided(*written, grid.group)
             if grid.memory_of is not None:
                 before = tree_map(lambda x: x[grid.memory_of], before)
             out = blend(local, self.rule.read(q, before, parameters), self.beta, grid.read_mask)

@@ -39,6 +39,7 @@ from .memory_rule import State, get_memory_rule
 from .outputs import InfiniModelOutput, as_requested, wants_dict
 from .recompute import checkpoint_blocks
 from .segments import SegmentGrid, build_grid, build_grid_after_cache
+from .sequence_parallel import SequenceGroup
 from .short_conv import ShortConvolution
 
 logger = logging.get_logger(__name__)
@@ -64,6 +65,24 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
     @block_schedule.setter
     def block_schedule(self, schedule: BlockSchedule) -> None:
         self.base_model._block_schedule = schedule  # type: ignore[assignment]
+
+    @property
+    def sequence_group(self) -> SequenceGroup | None:
+        """The ranks over which the segments of a row are divided; None: this process computes complete rows.
+
+        With a group, all of its ranks call the model with the same rows, and get the outputs of the complete rows.
+        """
+        return cast(SequenceGroup | None, self.base_model._sequence_group)
+
+    @sequence_group.setter
+    def sequence_group(self, group: SequenceGroup | None) -> None:
+        rule = get_memory_rule(self.config.memory_rule)
+        if group is not None and not rule.can_be_divided:
+            raise ValueError(
+                f"memory_rule={rule.name!r} has no write_divided, so rows cannot be divided over ranks: set "
+                "sequence_group to None, or take a rule that has it"
+            )
+        self.base_model._sequence_group = group  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
         # torch.nn.init, not direct writes: while a checkpoint loads, transformers protects loaded weights in it.
@@ -111,7 +130,7 @@ class ForwardContext:
     def in_order(self, of_blocks: Sequence[Tensor]) -> Tensor:
         """Return the blocks' hidden states in the order of the input tokens, (B, T, E), and 0 at padding."""
         grid, T = self.grid, self.input_ids.shape[1]
-        hidden = grid.from_slots(torch.cat(list(of_blocks), dim=1), T)
+        hidden = grid.from_slots(grid.join(of_blocks), T)
         if isinstance(grid, SegmentGrid) and grid.incremental:
             assert grid.slots is not None
             hidden = hidden.masked_fill((grid.slots == grid.S)[..., None], 0)
@@ -136,6 +155,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.block_schedule = BlockSchedule()
+        self.sequence_group = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -214,6 +234,11 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
                     "model keeps an InfiniCache: leave past_key_values away, or pass the one that this model returned"
                 )
             cache.check(config, B, self.dtype)
+        if self.sequence_group is not None and (cache is not None or use_cache):
+            raise ValueError(
+                "a cache is not possible where rows are divided over ranks: leave it away with use_cache=False, or set "
+                "the model's sequence_group to None"
+            )
         past = None if cache is None else cache.columns
         attention_mask = checked_mask(attention_mask, tokens, past)
         if position_ids is not None:
@@ -226,7 +251,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             states = tuple(layer.memory for layer in cache.layer_caches)
             return ForwardContext(tokens, inputs_embeds, step, states, cache, open_segment)
         if cache is None:
-            grid = build_grid(tokens, config.segment_length, attention_mask, document_ids)
+            grid = build_grid(tokens, config.segment_length, attention_mask, document_ids, self.sequence_group)
             rule = get_memory_rule(config.memory_rule)
             empty = rule.empty_state(B, config.num_heads, config.head_dim, memory_dtype(self.dtype), device)
             states = (empty,) * len(self.h)
@@ -246,7 +271,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and self.sequence_group is None
         if use_cache and self.training and self.gradient_checkpointing:
             logger.warning_once(  # type: ignore[attr-defined]
                 "use_cache=True is not possible with gradient checkpointing: use_cache is set to False"

@@ -20,6 +20,7 @@ from .linear_rule import LinearRule  # noqa: F401
 # isort: split
 # An export's code is copied by transformers 4, which follows direct imports alone: what the rules import is repeated.
 from .memory import MemoryState  # noqa: F401
+from .sequence_parallel import SequenceGroup  # noqa: F401
 
 POSITION_EMBEDDINGS = ("segment", "rotary")
 SCHEDULE_FIELDS = frozenset(field.name for field in dataclasses.fields(BlockSchedule))

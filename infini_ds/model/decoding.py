@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, K keys, H heads, S slots in a segment, D head siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -81,6 +81,12 @@ class DecodingStep:
 
     def positions(self, device: torch.device) -> Tensor:
         return self.slots
+
+    def join(self, computed: Sequence[Tensor]) -> Tensor:
+        return computed[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
 
     def from_slots(self, computed: Tensor, T: int) -> Tensor:
         return computed

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .memory import MemoryState, key_features, prefix_sums, segment_updates
 from .memory_rule import AssociativeRule, register_memory_rule
+from .sequence_parallel import SequenceGroup
 
 if TYPE_CHECKING:
     from .configuration import InfiniGPTNeoConfig
@@ -44,9 +46,7 @@ class DeltaRule(AssociativeRule):
         phi_k = key_features(k, write_mask)
         updates = segment_updates(phi_k, v)
         z, z_after = prefix_sums(state.z, updates.z, memory_document)
-        z_own = torch.cat([z[:, 1:], z_after[:, None]], dim=1)  # with the segment itself
-        n = phi_k @ (z_own if self.bounded else z).unsqueeze(-1)  # (B, N, H, S, 1)
-        A = phi_k.transpose(-1, -2) @ (phi_k / n.masked_fill(n == 0, 1))  # n is 0 where there is nothing to subtract
+        A = self._removals(phi_k, z, z_after)
         M = [state.M.to(z.dtype)]
         for s in range(phi_k.shape[1]):
             before = M[-1]
@@ -54,6 +54,51 @@ class DeltaRule(AssociativeRule):
                 before = before * (memory_document[:, s] == memory_document[:, s + 1])[:, None, None, None]
             M.append(before - A[:, s] @ before + updates.M[:, s])
         return MemoryState(torch.stack(M[:-1], dim=1), z), MemoryState(M[-1], z_after)
+
+    def write_divided(
+        self,
+        state: MemoryState,
+        k: Tensor,
+        v: Tensor,
+        write_mask: Tensor | None,
+        memory_document: Tensor | None,
+        parameters: Mapping[str, Tensor],
+        group: SequenceGroup,
+    ) -> tuple[MemoryState, MemoryState]:
+        """As `write`. A span takes M to P M + Q, whatever M is; P and Q are exchanged once z is known."""
+        phi_k = key_features(k, write_mask)
+        updates = segment_updates(phi_k, v)
+        ((z, z_span),), (z_after,) = group.prefix_sums((state.z,), (updates.z,), memory_document)
+        A = self._removals(phi_k, z, z_span)
+        D, own = k.shape[-1], group.of_span(memory_document)
+        identity = torch.eye(D, dtype=z.dtype, device=z.device).expand_as(state.M)
+        PQ = [F.pad(identity, (0, D))]  # (B, H, D, 2 D): [P, Q] up to each segment of the span
+        added = F.pad(updates.M, (D, 0))
+        for s in range(phi_k.shape[1]):
+            before = PQ[-1]
+            if own is not None:
+                before = before * (own[:, s] == own[:, s + 1])[:, None, None, None]
+            PQ.append(before - A[:, s] @ before + added[:, s])
+
+        def compose(memory: tuple[Tensor], span: tuple[Tensor, ...]) -> tuple[Tensor]:
+            P, Q = span[0].split(D, dim=-1)
+            return (P @ memory[0] + Q,)
+
+        (M_span,), (M_after,) = group.scan(compose, (state.M.to(z.dtype),), (PQ[-1],))
+        P, Q = torch.stack(PQ[:-1], dim=1).split(D, dim=-1)  # (B, n, H, D, D)
+        return MemoryState(P @ M_span[:, None] + Q, z), MemoryState(M_after, z_after)
+
+    def _removals(self, phi_k: Tensor, z: Tensor, z_after: Tensor) -> Tensor:
+        """Return A_s of each segment, (B, N, H, D, D).
+
+        Args:
+            z: (B, N, H, D) before each segment; z_after: (B, H, D) after the last one.
+        """
+        if self.bounded:
+            z = torch.cat([z[:, 1:], z_after[:, None]], dim=1)  # with the segment itself
+        n = phi_k @ z.unsqueeze(-1)  # (B, N, H, S, 1)
+        # n is 0 where there is nothing to subtract.
+        return phi_k.transpose(-1, -2) @ (phi_k / n.masked_fill(n == 0, torch.inf))
 
     def flops_per_token(self, config: InfiniGPTNeoConfig) -> float:
         E, S, D = config.hidden_size, config.segment_length, config.head_dim

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .memory import MemoryState, key_features, prefix_sums, segment_updates
 from .memory_rule import AssociativeRule, register_memory_rule
+from .sequence_parallel import SequenceGroup
 
 
 class LinearRule(AssociativeRule):
@@ -26,6 +27,20 @@ class LinearRule(AssociativeRule):
         M, M_after = prefix_sums(state.M, updates.M, memory_document)
         z, z_after = prefix_sums(state.z, updates.z, memory_document)
         return MemoryState(M, z), MemoryState(M_after, z_after)
+
+    def write_divided(
+        self,
+        state: MemoryState,
+        k: Tensor,
+        v: Tensor,
+        write_mask: Tensor | None,
+        memory_document: Tensor | None,
+        parameters: Mapping[str, Tensor],
+        group: SequenceGroup,
+    ) -> tuple[MemoryState, MemoryState]:
+        updates = segment_updates(key_features(k, write_mask), v)
+        sums, after = group.prefix_sums(state, updates, memory_document)
+        return MemoryState(*(before for before, _ in sums)), after
 
 
 register_memory_rule(LinearRule())

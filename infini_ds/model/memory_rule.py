@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import MemoryState, retrieve
+from .sequence_parallel import SequenceGroup
 
 if TYPE_CHECKING:
     from .configuration import InfiniGPTNeoConfig
@@ -71,6 +72,34 @@ class MemoryRule(ABC, Generic[StateT]):
                 decreasing; the memory has to be emptied where it changes. None: one document.
             parameters: of this layer, in the precision of the model.
         """
+
+    def write_divided(
+        self,
+        state: StateT,
+        k: Tensor,
+        v: Tensor,
+        write_mask: Tensor | None,
+        memory_document: Tensor | None,
+        parameters: Mapping[str, Tensor],
+        group: SequenceGroup,
+    ) -> tuple[StateT, StateT]:
+        """Return the memory before each of this rank's n segments, and after the block that is divided over `group`.
+
+        What `write` returns for the segments of all K ranks, of which each rank has n. This needs a rule that can tell
+        what a rank's segments do to any memory without knowing that memory: `group.scan` and `group.prefix_sums`
+        exchange that. A rule without this method is refused with a `sequence_group`.
+
+        Args:
+            state: the memory before the block.
+            k, v, write_mask: of this rank's segments, as for `write`.
+            memory_document: (B, K n + 1), of the segments of all ranks.
+        """
+        raise NotImplementedError(f"memory_rule={self.name!r} has no write_divided")
+
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether the segments of a row can be divided over ranks."""
+        return type(self).write_divided is not MemoryRule.write_divided
 
     @abstractmethod
     def read(self, q: Tensor, before: StateT, parameters: Mapping[str, Tensor]) -> Tensor:

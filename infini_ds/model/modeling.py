@@ -163,16 +163,16 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         losses, hidden = zip(*outputs, strict=True)
         loss = logits = None
         if targets is not None and loss_reduction == "none":
-            loss = grid.from_slots(torch.cat(losses, dim=1), T)[:, :-1]
+            loss = grid.from_slots(grid.join(losses), T)[:, :-1]
         elif targets is not None:
-            loss = torch.stack(losses).sum()
+            loss = grid.sum(torch.stack(losses).sum())
             if loss_reduction == "mean":
                 loss = loss / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
             if columns is None:
-                of_columns = grid.from_slots(torch.cat(hidden, dim=1), T)[:, kept]
+                of_columns = grid.from_slots(grid.join(hidden), T)[:, kept]
             else:
-                of_columns = hidden[0] if len(hidden) == 1 else torch.stack(hidden).sum(0)
+                of_columns = grid.sum(hidden[0] if len(hidden) == 1 else torch.stack(hidden).sum(0))
             logits = self.lm_head(of_columns)
         # In the order of their fields, since the third one has two names.
         output = InfiniCausalLMOutput(
@@ -261,7 +261,7 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
         outputs, memory, hidden_states = self.transformer.run_blocks(
             context, last_hidden, self.transformer, output_hidden_states
         )
-        logits = self.score(torch.stack([hidden for (hidden,) in outputs]).sum(0))
+        logits = self.score(context.grid.sum(torch.stack([hidden for (hidden,) in outputs]).sum(0)))
         loss = None
         if labels is not None:
             batch_size = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}

@@ -4,12 +4,14 @@ Each row is a grid of N segments of S slots. Padding gets no slot, so a row with
 alone give. Shapes: B batch, T input tokens, N segments, S slots in a segment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .sequence_parallel import SequenceGroup
 
 NO_DOCUMENT = -1  # the document of a slot without a token, and of an empty memory
 
@@ -24,7 +26,8 @@ class SegmentGrid:
             memory before their segment.
         slots: (B, T) the slot of each input token; N * S for padding. None: token t has slot t.
         documents: (B, N, S) the document of each slot, NO_DOCUMENT without a token. None: one document, no padding.
-        memory_document: (B, N + 1) the document in the memory before each segment and after the last. None as above.
+        memory_document: (B, N + 1) the document in the memory before each segment and after the last. Of a block that
+            is divided over ranks: of all of its segments, not only of this rank's. None as above.
         write_mask: bool, broadcastable to (B, N, S): tokens that are written when their segment ends. None: all.
         cached_slots: bool (B, S), slots of the first segment whose tokens come from a cache. None: no cache, or not
             the first block.
@@ -32,6 +35,7 @@ class SegmentGrid:
             the first one on, and no token sees the slots after the last token.
         incremental: only the input tokens are computed, not all slots; N is 1, and a cache fills the other slots.
         memory_of: (B,) the row whose memory each row reads. None: its own.
+        group: the ranks over which each block is divided, of which this one computes its span. None: this one alone.
     """
 
     N: int
@@ -45,6 +49,7 @@ class SegmentGrid:
     packed: bool = False
     incremental: bool = False
     memory_of: Tensor | None = None
+    group: SequenceGroup | None = None
 
     def to_slots(self, values: Tensor, fill: int) -> Tensor:
         """Return (B, T, …) values of the input tokens in their slots, (B, N * S, …), and `fill` elsewhere."""
@@ -128,25 +133,40 @@ class SegmentGrid:
             mask = mask | (self.slots == self.S)[:, None, :, None]
         return mask.flatten(0, 1)[:, None]
 
+    def join(self, of_blocks: Sequence[Tensor]) -> Tensor:
+        """Return values of all computed tokens, (B, N * S, …), from those of each block that this rank computes."""
+        joined = torch.cat(list(of_blocks), dim=1)
+        return joined if self.group is None else self.group.join(joined, [x.shape[1] for x in of_blocks])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of what each rank computes of its segments."""
+        return values if self.group is None else self.group.sum(values)
+
     def split(self, segments_per_block: int | None) -> Iterator[tuple[int, "SegmentGrid"]]:
-        """Yield (index of its first segment, grid) for each block of segments; None: one block."""
+        """Yield (index of its first segment, grid) for each block of segments; None: one block.
+
+        With a group, each rank has so many segments of a block, and the grid is that of this rank's span.
+        """
         if self.incremental:
             yield 0, self
             return
-        G = segments_per_block or self.N
+        rank, K = (0, 1) if self.group is None else (self.group.rank, self.group.size)
+        G = K * segments_per_block if segments_per_block else self.N
         for first in range(0, self.N, G):
             last = min(first + G, self.N)
+            N = (last - first) // K
+            span = slice(first + rank * N, first + (rank + 1) * N)
             block = replace(
                 self,
-                N=last - first,
+                N=N,
                 slots=None,
-                documents=None if self.documents is None else self.documents[:, first:last],
+                documents=None if self.documents is None else self.documents[:, span],
                 memory_document=None if self.memory_document is None else self.memory_document[:, first : last + 1],
-                read_mask=self.read_mask[:, first:last],
-                write_mask=None if self.write_mask is None else self.write_mask[:, first:last],
+                read_mask=self.read_mask[:, span],
+                write_mask=None if self.write_mask is None else self.write_mask[:, span],
                 cached_slots=self.cached_slots if first == 0 else None,
             )
-            yield first, block
+            yield span.start, block
 
 
 def build_grid(
@@ -154,6 +174,7 @@ def build_grid(
     S: int,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
+    group: SequenceGroup | None = None,
 ) -> SegmentGrid:
     """Return the grid of rows that start with an empty memory.
 
@@ -161,23 +182,26 @@ def build_grid(
         input_ids: (B, T); S: segment length.
         attention_mask: (B, T), 0 for padding, which may be anywhere.
         document_ids: (B, T) integers from 0, never decreasing in a row.
+        group: the ranks over which the rows are divided; rows get empty segments up to a multiple of their number.
     """
     B, T = input_ids.shape
     device = input_ids.device
     N = max(1, -(-T // S))
     if N == 1:
         S = max(1, T)  # a row of one segment needs no empty slots at its end
+    if group is not None:
+        N = -(-N // group.size) * group.size
     if attention_mask is None and document_ids is None:
         read_mask = torch.arange(N, device=device)[None, :, None] > 0
         write_mask = None if T == N * S else (torch.arange(N * S, device=device) < T).view(1, N, S)
-        return SegmentGrid(N, S, read_mask=read_mask, write_mask=write_mask)
+        return SegmentGrid(N, S, read_mask=read_mask, write_mask=write_mask, group=group)
     packed = document_ids is not None
     if document_ids is None:
         document_ids = torch.zeros_like(input_ids)
     slots = None if attention_mask is None else token_slots(attention_mask.bool(), N * S)
     documents = _to_slots(document_ids, slots, N * S, NO_DOCUMENT).view(B, N, S)
     memory_document, read_mask, write_mask = document_masks(documents, documents.new_full((B,), NO_DOCUMENT))
-    return SegmentGrid(N, S, read_mask, slots, documents, memory_document, write_mask, packed=packed)
+    return SegmentGrid(N, S, read_mask, slots, documents, memory_document, write_mask, packed=packed, group=group)
 
 
 def build_grid_after_cache(

@@ -28,7 +28,7 @@ class Workload:
     """What one rank computes in a step.
 
     Attributes:
-        rows, tokens: shape of the input of a micro-batch.
+        rows, tokens: shape of the input of a micro-batch; of divided rows, this rank's part of it.
         precision: "fp32" or "bf16".
         schedule: how the model runs over the segments of a row.
         accumulation: micro-batches in a step.
@@ -49,7 +49,13 @@ class Workload:
     def of(
         cls, recipe: Recipe, config: InfiniGPTNeoConfig, shape: BatchShape, tokens: int, precision: str
     ) -> "Workload":
-        """Return the workload of a recipe. Rows may hold several documents, and "auto" segments are all segments."""
+        """Return the workload of a recipe. Rows may hold several documents, and "auto" segments are all segments.
+
+        `tokens`: of a row. Of one that is divided over ranks, a rank's workload is its segments.
+        """
+        if recipe.parallel.sequence > 1:
+            segments = math.ceil(tokens / config.segment_length)
+            tokens = math.ceil(segments / recipe.parallel.sequence) * config.segment_length
         return cls(
             config=config,
             rows=shape.micro_rows,

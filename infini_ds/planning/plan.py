@@ -144,8 +144,9 @@ class Plan:
                 offload = "deepspeed=ds_configs/zero2_offload.json"
                 yield " ".join([*given, f"model.segments_per_block={segments}", offload])
         for ranks in (self.sharding.ranks << doublings for doublings in range(1, 11)):
-            if self.run.batch_shape.rows % ranks == 0:
-                work = replace(work, accumulation=self.run.batch_shape.rows // ranks)
+            data_ranks = ranks // self.run.dims.sequence
+            if self.run.batch_shape.rows % data_ranks == 0:
+                work = replace(work, accumulation=self.run.batch_shape.rows // data_ranks)
                 segments = self._search.largest_block(work, replace(self.sharding, ranks=ranks))
                 if segments:
                     yield " ".join([*given, f"model.segments_per_block={segments}", f"--gpus {ranks}"])

@@ -70,13 +70,15 @@ def check_gradients(trainer: Trainer, reference: dict[str, Tensor]) -> None:
 def unsharded_gradients(trainer: Trainer, step: Step, rng_states: dict) -> dict[str, Tensor]:
     """Compute the gradient of the step by parameter, in fp32, the same on every rank.
 
-    Each rank computes its own rows with a copy of the model, and the gradients are summed over the ranks.
+    Each rank computes its own rows, or its part of them, with a copy of the model, and the gradients are summed over
+    the ranks.
     """
     model, shape, device = trainer.model, trainer.run.batch_shape, trainer.device
     copy = type(model)(trainer.run.model_config).train(model.training)
     copy.to(device=device, dtype=model.dtype)
     copy.load_state_dict(model.state_dict())
     copy.block_schedule = model.block_schedule
+    copy.sequence_group = model.sequence_group
     if trainer.recipe.model.gradient_checkpointing:
         copy.gradient_checkpointing_enable()
     set_rng_states(rng_states)
@@ -88,7 +90,7 @@ def unsharded_gradients(trainer: Trainer, step: Step, rng_states: dict) -> dict[
         loss.backward()
         for name, parameter in copy.named_parameters():
             if parameter.grad is not None:
-                sums[name] += parameter.grad.float() / (shape.data_size * shape.accumulation)
+                sums[name] += parameter.grad.float() / (trainer.run.dims.world_size * shape.accumulation)
                 parameter.grad = None
     for gradient in sums.values():
         dist.all_reduce(gradient)

@@ -16,6 +16,7 @@ from infini_ds.data.skip_rows import SkipRows
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.collectives import broadcast_from_rank_zero
 from infini_ds.distributed.signals import GracefulShutdown
+from infini_ds.model import SequenceGroup
 from infini_ds.planning.fitting_block import fitting_block
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
 from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
@@ -70,7 +71,10 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
             data_size=dims.data_size,
         )
         validation = ValidationRows(list(run.sources))
-    engine = Engine(build_model(recipe, run.model_config, schedule), recipe, run.deepspeed)
+    model = build_model(recipe, run.model_config, schedule)
+    if dims.sequence > 1:
+        model.sequence_group = SequenceGroup(dims.sequence_group, dims.sequence_rank, dims.sequence)
+    engine = Engine(model, recipe, run.deepspeed)
     seed_everything(recipe.seed + 1 + dims.rank)  # dropout differs between ranks
     if newest:
         state, data_state = checkpoints.load(engine, newest, dims)
@@ -106,10 +110,11 @@ def log_summary(trainer: Trainer) -> None:
     run, recipe, shape = trainer.run, trainer.recipe, trainer.run.batch_shape
     parameters = sum(p.numel() for p in trainer.model.parameters())
     segments = trainer.model.block_schedule.segments_per_block or "all"
+    ranks = f"{run.dims.world_size} ranks" + (f" ({run.dims.sequence} on each row)" if run.dims.sequence > 1 else "")
     logger.info(
         f"{recipe.name}: {short_count(parameters)} parameters, {recipe.steps} steps of {shape.rows} rows of "
         f"{run.sequence_length} tokens in segments of {trainer.model.config.segment_length}, {segments} at once; "
-        f"{run.dims.world_size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} "
+        f"{ranks} x {shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} "
         f"on {trainer.device.type}"
     )
     logger.info(f"each gate can move by {gate_reach(recipe):.1f} at most in all steps of this recipe")

@@ -106,7 +106,7 @@ class Stability(Hook):
             update_loss_statistics(state, decision.loss, self.limits.spike_window)
             return None
         reason = "spike" if decision.rolls_back else "loss" if decision.nonfinite_ranks else "gradient"
-        rows = all_gather_object(step.batch.row_numbers)
+        rows = all_gather_object(step.batch.row_numbers)[:: trainer.run.dims.sequence]  # of each data rank
         if trainer.is_rank_zero:
             skipped = SkippedStep(step.number, reason, decision.nonfinite_ranks, rows)
             skip_records.append_skipped_step(self.recipe.folder, skipped)

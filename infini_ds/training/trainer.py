@@ -112,10 +112,14 @@ class Trainer:
         self._batches: Iterator[Batch] = iter(self.stream)
         self._batch = next(self._batches)
         self._waited_before = self.stream.waited
-        tokens = torch.tensor(self._batch.predicted_tokens, device=self.device)
+        tokens = torch.tensor(self._counted_tokens(), device=self.device)
         dist.all_reduce(tokens)  # later ones travel with the exchange of the step before
         self._predicted_tokens = int(tokens)
         self.validate_if_due()
+
+    def _counted_tokens(self) -> int:
+        """Return the predicted tokens of the next batch, on the first of the ranks that share its rows; else 0."""
+        return 0 if self.run.dims.sequence_rank else self._batch.predicted_tokens
 
     def next_step(self) -> Step:
         shape, tokens = self.run.batch_shape, self._predicted_tokens
@@ -133,16 +137,16 @@ class Trainer:
         """Compute the gradient of the step's loss; returns this rank's part of that loss, on the device.
 
         The loss is the mean over all predicted tokens of the global batch, whichever rank or micro-batch they are in.
-        DeepSpeed averages gradients over data ranks and micro-batches, so each part is divided by the mean number of
-        tokens of a part.
+        DeepSpeed averages gradients over ranks and micro-batches, so each part is divided by the mean number of tokens
+        of a part. Ranks that share a row all have its loss, and the mean of their gradients is that of the row.
         """
-        shape = self.run.batch_shape
+        shape, parts = self.run.batch_shape, self.run.dims.world_size * self.run.batch_shape.accumulation
         loss = torch.zeros((), device=self.device)
         for micro_batch in step.batch.micro_batches(shape.micro_rows, self.device):
             output = self.engine(**micro_batch, num_items_in_batch=step.tokens_per_part)
             assert output.loss is not None and output.memory is not None
             self.engine.backward(output.loss)
-            loss += output.loss.detach().float() / (shape.data_size * shape.accumulation)
+            loss += output.loss.detach().float() / parts
             step.memory = output.memory
         return loss
 
@@ -158,7 +162,7 @@ class Trainer:
         next_tokens = 0
         if step.number < self.recipe.steps:
             self._batch = next(self._batches)
-            next_tokens = self._batch.predicted_tokens
+            next_tokens = self._counted_tokens()
         waited = self.stream.waited - self._waited_before
         known = torch.tensor([next_tokens, self.shutdown.received, waited], dtype=torch.float64)
         step.exchange = AsyncGather(torch.cat([loss.double()[None], known.to(self.device, non_blocking=True)]))

@@ -1,7 +1,8 @@
 """Loss on the validation rows, by position in the sequence, with the memory and with the memory off."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,16 +65,43 @@ def position_losses(
         on_batch: called after each batch of this rank.
         abort: called before each batch, equally often on every rank; once it returns True, the result is None.
     """
+    with _evaluating(model):
+        return _position_losses(model, rows, limit, micro_rows, use_memory, on_batch, abort)
+
+
+@contextmanager
+def _evaluating(model: InfiniGPTNeoForCausalLM) -> Iterator[None]:
+    """Switch to evaluation of complete rows while the block runs.
+
+    Ranks that share rows in training then read different ones: nothing is exchanged, and without gradients the memory
+    of a block is all that a longer row needs.
+    """
+    was_training, group = model.training, model.sequence_group
+    model.eval()
+    model.sequence_group = None
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        model.sequence_group = group
+
+
+def _position_losses(
+    model: InfiniGPTNeoForCausalLM,
+    rows: ValidationRows,
+    limit: int | None,
+    micro_rows: int,
+    use_memory: bool,
+    on_batch: Callable[[], None],
+    abort: Callable[[], bool],
+) -> PositionLosses | None:
     distributed = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    was_training = model.training
-    model.eval()
     total = None
     batches = rows.batches(micro_rows, limit, rank, world_size)
     rows_of_first_rank = math.ceil(min(limit or len(rows), len(rows)) / world_size)  # no rank has more
     for _ in range(math.ceil(rows_of_first_rank / micro_rows)):
         if abort():
-            model.train(was_training)
             return None
         batch = next(batches, None)
         if batch is None:  # another rank has one more
@@ -86,7 +114,6 @@ def position_losses(
             total[0] += output.loss.double().sum(0)
             total[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum(0)
         on_batch()
-    model.train(was_training)
     if total is None:  # fewer rows than ranks
         total = torch.zeros(2, len(rows[0]["input_ids"]) - 1, dtype=torch.float64, device=model.device)
     if distributed:

@@ -10,7 +10,8 @@ from harness import SHAPE
 from infini_ds.config.recipe import Recipe, load_recipe
 from infini_ds.config.resolve import choose_precision, resolve
 from infini_ds.distributed.environment import DistEnv
-from infini_ds.model import BlockSchedule
+from infini_ds.model import BlockSchedule, MemoryRule, register_memory_rule
+from infini_ds.model.linear_rule import LinearRule
 from infini_ds.utils.errors import UserError
 
 ONE = DistEnv(rank=0, local_rank=0, world_size=1, local_world_size=1)
@@ -73,6 +74,59 @@ def test_mistakes_get_a_sentence(overrides, words, shards):
         resolve(recipe(shards, *overrides), DistEnv(0, 0, 2, 2))
     sentence = str(error.value)
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_ranks_that_share_rows(shards):
+    """Six ranks, three on each row: two data ranks, whose rows DeepSpeed counts three times."""
+    runs = [resolve(recipe(shards, "parallel.sequence=3"), DistEnv(rank, rank, 6, 6)) for rank in range(6)]
+    assert [(run.dims.data_rank, run.dims.sequence_rank) for run in runs] == [
+        (d, s) for d in range(2) for s in range(3)
+    ]
+    for run in runs:
+        assert (run.batch_shape.data_size, run.batch_shape.accumulation, run.batch_shape.micro_rows) == (2, 1, 2)
+        config = run.deepspeed
+        counted = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 6
+        assert config["train_batch_size"] == counted == 3 * run.batch_shape.rows
+        assert run.data_fingerprint == resolve(recipe(shards), ONE).data_fingerprint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "words"),
+    [
+        (
+            ["parallel.sequence=4"],
+            6,
+            "parallel.sequence=4 does not divide the number of ranks, 6: give one of 1, 2, 3, 6",
+        ),
+        (
+            ["parallel.sequence=9"],
+            9,
+            "parallel.sequence=9 is more than the segments of a row, 8 (256 tokens in segments",
+        ),
+        (
+            ["parallel.sequence=2", "batch.rows=5"],
+            4,
+            "batch.rows=5 cannot be divided over 2 groups of parallel.sequence=2",
+        ),
+        (
+            ["parallel.sequence=2", "model.memory_rule=whole"],
+            2,
+            "but model.memory_rule=whole cannot be divided over ranks",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_divided_get_a_sentence(overrides, ranks, words, shards):
+    register_memory_rule(Whole())
+    with pytest.raises(UserError) as error:
+        resolve(recipe(shards, *overrides), DistEnv(0, 0, ranks, ranks))
+    assert words in str(error.value) and "\n" not in str(error.value), error.value
+
+
+class Whole(LinearRule):
+    """A rule that is not for divided rows."""
+
+    name = "whole"
+    write_divided = MemoryRule.write_divided
 
 
 def test_another_deepspeed_file(shards, tmp_path):

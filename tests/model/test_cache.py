@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from reference import TINY, random_ids, reference_forward, tiny_model, writer
-from strategies import texts_in_pieces
+from strategies import logits_in_pieces, texts_in_pieces
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,18 +19,13 @@ S = TINY["segment_length"]
 @given(texts_in_pieces())
 @many
 def test_a_text_in_pieces_equals_the_text_at_once(text):
-    model, ids, mask, documents, pieces = text
-    cache, logits = None, []
+    model, ids, mask, documents, _ = text
     with torch.no_grad():
         complete = model(ids, mask, documents).logits
-        for piece in pieces:
-            some = None if documents is None else documents[:, piece]
-            out = model(ids[:, piece], mask[:, piece], some, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits)
+        logits, cache = logits_in_pieces(*text)
         reference = reference_forward(model, ids, mask, documents)[0]
     valid = mask.bool()
-    assert_close(torch.cat(logits, dim=1)[valid], complete[valid], **exact)
+    assert_close(logits[valid], complete[valid], **exact)
     assert_close(complete[valid], reference[valid], **exact)
     assert cache.get_seq_length() == ids.shape[1]
 

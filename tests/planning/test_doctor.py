@@ -56,6 +56,16 @@ def test_sound_node_has_no_problem_and_the_script_prints_that(data, tmp_path):
     assert not any("\x1b[" in line for line in lines)
 
 
+def test_ranks_that_share_rows_are_those_of_the_run(data, tmp_path):
+    """Started alone, the doctor checks the recipe for the ranks that it is told."""
+    arguments = [f"data.path={data}", f"output={tmp_path}", *TINY, "parallel.sequence=2"]
+    shown = call_script("launch/doctor.py", *arguments, code=1).stdout
+    assert (
+        "problem recipe        parallel.sequence=2 does not divide the number of ranks, 1: give one of 1, or" in shown
+    )
+    assert "problem" not in call_script("launch/doctor.py", *arguments, "--ranks", "2").stdout
+
+
 def test_damaged_shards_are_found_and_removed_where_they_can_be_restored(data, tmp_path):
     expanded = data / "train" / "shard.00000.mds"
     flip(expanded)

@@ -40,6 +40,19 @@ def test_the_script_prints_the_plan():
         assert words in shown
 
 
+def test_a_row_that_ranks_share_takes_the_memory_of_a_rank_s_part():
+    """8 ranks, 4 on each row, plan as 2 ranks with rows of a quarter, but for ZeRO's shares and the tokens."""
+    choices = ["plan.sequence_length=65536", "batch.tokens=null", "batch.rows=8"]
+    recipe = load_recipe(ROOT / "launch" / "recipes" / "125m.yaml", [*choices, "plan.gpus=8", "parallel.sequence=4"])
+    quarter = load_recipe(
+        ROOT / "launch" / "recipes" / "125m.yaml", [*choices, "plan.gpus=2", "plan.sequence_length=16384"]
+    )
+    shared, alone = make_plan(recipe), make_plan(quarter)
+    assert shared.work == alone.work and shared.sharding.ranks == 8 and shared.tokens == 4 * alone.tokens
+    assert shared.estimate.computing["activations and loss"] == alone.estimate.computing["activations and loss"]
+    assert shared.days == pytest.approx(alone.days)  # four times the tokens on four times the devices
+
+
 def test_there_is_a_recipe_for_every_size():
     assert {load_recipe(path).model.preset for path in SIZED} == set(PRESETS) - {"tiny", "study-tiny"}
 
