@@ -145,11 +145,13 @@ class TokenClock(StoppingCriteria):
     def __init__(self, device: torch.device):
         self.device = device
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -163,8 +165,8 @@ def measure_generation(
     torch.manual_seed(1)
     ids = torch.randint(0, shape.vocabulary, (rows, tokens), device=device)
 
-    def generate(prompt: Tensor) -> tuple[float, float, Any]:
-        """Return the seconds until the first new token, those of each later one, and the cache."""
+    def generate(prompt: Tensor) -> tuple[float, float, float, Any]:
+        """Return the seconds to the first new token, those of each later one, their CPU time, and the cache."""
         clock, start = TokenClock(device), time.perf_counter()
         out = model.generate(
             prompt,
@@ -177,15 +179,16 @@ def measure_generation(
             stopping_criteria=StoppingCriteriaList([clock]),
             return_dict_in_generate=True,
         )
-        first, *_, last = clock.times
-        return first - start, (last - first) / (NEW_TOKENS - 1), getattr(out, CACHE_NAME)
+        per_token = [(times[-1] - times[0]) / (NEW_TOKENS - 1) for times in (clock.times, clock.cpu_times)]
+        return clock.times[0] - start, *per_token, getattr(out, CACHE_NAME)
 
     generate(ids[:, :WARM_UP_TOKENS])
     memory = PeakMemory(device)
-    reading, times, caches = zip(*(generate(ids) for _ in range(steps)), strict=True)
+    reading, times, cpu_times, caches = zip(*(generate(ids) for _ in range(steps)), strict=True)
     return GenerationSpeed(
         reading_tokens_per_s=rows * tokens / statistics.median(reading),
         seconds_per_token=statistics.median(times),
+        cpu_seconds_per_token=statistics.median(cpu_times),
         cache_bytes=_cache_bytes(caches[-1]),
         peak_memory=memory.read(),
     )
