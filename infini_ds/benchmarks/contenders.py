@@ -15,6 +15,7 @@ from infini_ds.utils.errors import UserError
 BASELINES = ("gpt-neo", "infini-transformer-pytorch")
 DELTA_RULES = ("delta", "delta_paper")  # of this project, that the package's delta rule is compared with
 
+GENERATING = ("infini:all", "gpt-neo")  # those that transformers' `generate()` runs
 LossFunction = Callable[[Any, Tensor], Tensor]  # (model, ids (1, T)) -> loss
 
 

@@ -21,7 +21,8 @@ AnyResult = TrainingSpeed | GenerationSpeed | Profile
 class BenchmarkPlan:
     """What to measure: every contender at every length, `rounds` times.
 
-    kind: "training", "profile" or "generation". lengths: tokens in a row. steps: of one measurement.
+    kind: "training", "profile" or "generation". lengths: tokens in a row. steps: of one measurement. prompts: rows of
+    a batch that generation continues.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class BenchmarkPlan:
     shape: ModelShape
     steps: int
     rounds: int
+    prompts: int = 1
 
     def cases(self) -> list[tuple[int, str]]:
         """Return (tokens, contender) of one round. Contenders of one length follow each other, under the same load."""
@@ -56,6 +58,8 @@ def run_benchmark(plan: BenchmarkPlan) -> Iterator[Measurement[Any]]:
 
 def _run_worker(plan: BenchmarkPlan, tokens: int, contender: str) -> AnyResult | OutOfMemory:
     case = {"contender": contender, "tokens": tokens, "steps": plan.steps, "shape": asdict(plan.shape)}
+    if plan.kind == "generation":
+        case["rows"] = plan.prompts
     done = subprocess.run(
         [sys.executable, "-m", "infini_ds.benchmarks.worker", plan.kind, json.dumps(case)],
         capture_output=True,

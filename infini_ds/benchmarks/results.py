@@ -24,7 +24,11 @@ class TrainingSpeed:
 
 @dataclass(frozen=True)
 class GenerationSpeed:
-    """Generation one token at a time after a prompt, which is read first."""
+    """Generation one token at a time after a prompt, which is read first.
+
+    seconds_per_token: of one new token in each row; reading_tokens_per_s: of all rows, until the first new token.
+    peak_memory: bytes above those of the model.
+    """
 
     reading_tokens_per_s: float
     seconds_per_token: float

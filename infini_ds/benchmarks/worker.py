@@ -12,21 +12,24 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
+from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from infini_ds.benchmarks.contenders import ModelShape, build_contender, is_infini
 from infini_ds.benchmarks.results import GenerationSpeed, Operator, Profile, TrainingSpeed
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
+from infini_ds.model.cache import CACHE_NAME
 from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.planning.hardware import peak_flops
 
 WARM_UP_TOKENS = 4096  # enough to run every kernel once; longer rows are not run twice
-NEW_TOKENS = 64
+NEW_TOKENS = 128  # the length of a segment by default, so that one segment of each row ends among them
 
 
 class PeakMemory:
@@ -113,38 +116,62 @@ def profile_training(contender: str, tokens: int, steps: int, shape: ModelShape,
     return Profile(tuple(sorted(operators, key=lambda operator: -operator.seconds)))
 
 
+class TokenClock(StoppingCriteria):
+    """Notes the time at each new token of `generate()`, and never stops it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def measure_generation(
-    contender: str, tokens: int, steps: int, shape: ModelShape, device: torch.device
+    contender: str, tokens: int, rows: int, steps: int, shape: ModelShape, device: torch.device
 ) -> GenerationSpeed:
-    """Measure the time of one more token after a prompt of `tokens` tokens. The contender is infini:G."""
-    model, _ = build_contender(contender, shape, tokens, device)
-    assert isinstance(model, InfiniGPTNeoForCausalLM)
-    model.eval()
+    """Measure greedy `generate()` with a cache, for `rows` prompts of `tokens` tokens; `steps` times."""
+    _limit_memory(device)
+    module, _ = build_contender(contender, shape, tokens + NEW_TOKENS, device)
+    model = cast(GenerationMixin, module.eval())
     torch.manual_seed(1)
-    ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
-    with torch.inference_mode():
-        model.generate(ids[:, :WARM_UP_TOKENS], max_new_tokens=2, do_sample=False)
-        memory, cache = PeakMemory(device), InfiniCache(shape.config(), 1, model.dtype, device)
-        reading = time_call(lambda: model(ids, past_key_values=cache, logits_to_keep=1), device)
-        times = [_time_new_tokens(model, cache, device) for _ in range(steps)]
+    ids = torch.randint(0, shape.vocabulary, (rows, tokens), device=device)
+
+    def generate(prompt: Tensor) -> tuple[float, float, Any]:
+        """Return the seconds until the first new token, those of each later one, and the cache."""
+        clock, start = TokenClock(device), time.perf_counter()
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            return_dict_in_generate=True,
+        )
+        first, *_, last = clock.times
+        return first - start, (last - first) / (NEW_TOKENS - 1), getattr(out, CACHE_NAME)
+
+    generate(ids[:, :WARM_UP_TOKENS])
+    memory = PeakMemory(device)
+    reading, times, caches = zip(*(generate(ids) for _ in range(steps)), strict=True)
     return GenerationSpeed(
-        reading_tokens_per_s=tokens / reading,
+        reading_tokens_per_s=rows * tokens / statistics.median(reading),
         seconds_per_token=statistics.median(times),
-        cache_bytes=cache.nbytes(),
+        cache_bytes=_cache_bytes(caches[-1]),
         peak_memory=memory.read(),
     )
 
 
-def _time_new_tokens(model: InfiniGPTNeoForCausalLM, cache: InfiniCache, device: torch.device) -> float:
-    """Return seconds per token of greedy generation that continues the cache."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-    def generate() -> None:
-        nonlocal token
-        for _ in range(NEW_TOKENS):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-
-    return time_call(generate, device) / NEW_TOKENS
+def _cache_bytes(cache: Any) -> int:
+    if isinstance(cache, InfiniCache):
+        return cache.nbytes()
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
 def _limit_memory(device: torch.device) -> None:
