@@ -10,6 +10,7 @@ from dataclasses import replace
 import gated_decay  # noqa: F401  registers its memory rule
 import pytest
 import torch
+from allocations import peak_bytes
 from harness import ROOT, environment, join_ranks, pretrain
 from reference import split_schedule
 from torch.profiler import ProfilerActivity, profile
@@ -66,24 +67,7 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
             if micro_batch % work.accumulation == 0:
                 engine.step()
     engine._engine.destroy()
-    allocated, in_use, peak = {}, 0, 0
-    for _, size, pointer in sorted(allocations(profiled.profiler.kineto_results.experimental_event_tree())):
-        in_use -= allocated.pop(pointer, 0)  # also before the address is used again: the profiler misses some frees
-        if size > 0:
-            allocated[pointer] = size
-            in_use += size
-        peak = max(peak, in_use)
-    return peak
-
-
-def allocations(events) -> list[tuple[int, int, int]]:
-    """Return (time, bytes, address) of the profiler's tree of events; bytes are negative where memory is freed."""
-    found = []
-    for event in events:
-        if event.tag.name == "Allocation":
-            found.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
-        found += allocations(event.children)
-    return found
+    return peak_bytes(profiled)
 
 
 def tiny(**fields):
