@@ -21,7 +21,7 @@ test: $(INSTALLED)
 
 # TRANSFORMERS: versions such as "5.0.0 5.24.0", or "newest" for the newest 5 of the package index.
 TRANSFORMERS ?= 5.0.0 newest
-TRANSFORMERS_TESTS ?= tests/model tests/conversion/test_transformers_versions.py
+TRANSFORMERS_TESTS ?= tests/model tests/conversion/test_transformers_versions.py tests/conversion/test_export.py
 
 test-transformers: $(INSTALLED)
 	@tests/support/test_transformers.sh "$(TRANSFORMERS)" $(TRANSFORMERS_TESTS) $(ARGS)

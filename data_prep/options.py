@@ -31,8 +31,8 @@ class PrepareOptions:
     """Every option of `python -m data_prep`, under the same names.
 
     Attributes:
-        source: what is trained on: "stdlib", "text:FOLDER", "jsonl:FILES", "parquet:FILES", "hf:NAME" or
-            "recall:TASKS".
+        source: what is trained on: "stdlib", "text:FOLDER", "jsonl:FILES", "parquet:FILES", "hf:NAME",
+            "recall:TASKS", "needle:books=SOURCE" or "babi:FOLDER,books=SOURCE".
         out: folder to write.
         validation_source, validation_split: where validation documents come from. Without both, a share
             `validation_fraction` of the source's documents, chosen by their text.

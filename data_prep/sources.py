@@ -8,17 +8,22 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.documents import Document, ReadOptions, decode
 from data_prep.files import find_files, walk_files, walk_library
 from data_prep.hugging_face import read_hugging_face
-from data_prep.synthetic.specs import parse_tasks, training_examples
+from data_prep.synthetic.babi import parse_babi, read_babi
+from data_prep.synthetic.haystack import Haystack, words
+from data_prep.synthetic.in_text import NeedleInText
+from data_prep.synthetic.specs import parse_options, parse_tasks, training_examples
 from data_prep.synthetic.words import VOCABULARY
 from data_prep.tables import read_json_lines, read_parquet_rows
 from infini_ds.utils.errors import UserError, did_you_mean
 
+HAYSTACK_WORDS = 5_000_000  # some 400 MB
 Reader = Callable[[str, ReadOptions], Iterator[Document]]
 
 
@@ -87,15 +92,29 @@ def read_documents(options: ReadOptions) -> Iterator[Document]:
     return found.read(argument, options)
 
 
+LIBRARY_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
 @source("stdlib")
 def read_stdlib(_: str, options: ReadOptions) -> Iterator[Document]:
     """The running Python's own library: the help topics of pydoc, then every source file that it came with."""
+    return _read_library(LIBRARY_SKIPS)
+
+
+@source("stdlib-modules")
+def read_stdlib_modules(_: str, options: ReadOptions) -> Iterator[Document]:
+    """The same without tests and tables of encodings: alike on all systems, of which some lack the tests."""
+    return _read_library(LIBRARY_SKIPS | {"test", "tests", "idle_test", "encodings"})
+
+
+def _read_library(skip: frozenset[str]) -> Iterator[Document]:
+    """Yield the help topics of pydoc and the library's source files that lie in no folder of a name in `skip`."""
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
         yield Document(f"pydoc topic {topic}", topics[topic])
     root = Path(sysconfig.get_path("stdlib"))
-    for path in walk_library(root, ".py", skip={"site-packages", "dist-packages", "__pycache__"}):
+    for path in walk_library(root, ".py", skip):
         name = path.relative_to(root).as_posix()
         try:
             with tokenize.open(path) as file:
@@ -177,3 +196,34 @@ def read_recall(tasks: str, options: ReadOptions) -> Iterator[Document]:
     for number, (task, example) in enumerate(training_examples(parsed)):
         answers = example.spans if task.learn == "answers" else None
         yield Document(f"recall example {number}", example.text, answers=answers)
+
+
+@source("needle:books=SOURCE", has_answers=True)
+def read_needle(argument: str, options: ReadOptions) -> Iterator[Document]:
+    """A pass key that is hidden in books: "books=text:BOOKS,option=value,..."."""
+    try:
+        needle = NeedleInText(**parse_options(options.source, argument.split(","), NeedleInText))
+        needle.check()
+    except UserError as error:
+        raise options.error(str(error)) from None
+    yield from needle.write(_read_books(needle.books, options))
+
+
+@source("babi:FOLDER,books=SOURCE", has_answers=True)
+def read_babi_in_books(argument: str, options: ReadOptions) -> Iterator[Document]:
+    """Questions of bAbI whose facts are hidden in books: "FOLDER,books=text:BOOKS,option=value,..."."""
+    try:
+        folder, babi = parse_babi(argument)
+        stories = read_babi(os.path.expanduser(folder), "train")
+        babi.check_tasks(stories)
+    except UserError as error:
+        raise options.error(str(error)) from None
+    yield from babi.write(stories, _read_books(babi.books, options))
+
+
+def _read_books(source: str, options: ReadOptions) -> Haystack:
+    """Return the text of another source, of which up to HAYSTACK_WORDS words are held in memory."""
+    haystack = Haystack.read(read_documents(replace(options, source=source)), words, HAYSTACK_WORDS)
+    if not haystack.length:
+        raise options.error(f"{source} holds no text; name another source, with books=")
+    return haystack

@@ -11,16 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
-from infini_ds.config.default_recipe import DATA, PREPARE, default_recipe
-from infini_ds.config.recipe import load_recipe
+from infini_ds.config.default_recipe import default_data, default_recipe
+from infini_ds.config.recipe import Recipe, load_recipe
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import free_port
 from infini_ds.distributed.signal_relay import run_graceful
 from infini_ds.distributed.signals import STOPPED_EARLY
 
 ROOT = Path(__file__).resolve().parents[1]
+MEMORY_OF_RANK = 2**30  # bytes that a rank of tiny-cpu takes, rounded up
+# What the model of the default's data, Python, is asked to continue.
+PROMPTS = ("import ", "def ", "class ")
+SAMPLING = ("--temperature", "0.6", "--max-new-tokens", "100")
 
 
 def main() -> None:
@@ -29,20 +34,33 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)
-    gpus = torch.cuda.device_count()
     config = args.config or str(default_recipe())
     recipe = load_recipe(config, args.overrides)
 
-    if recipe.data.path == DATA:  # other data is prepared by the user, with options of their own
-        run_step("text to shards", PREPARE)
+    data = default_data(recipe)
+    if data:  # other data is prepared by the user, with options of their own
+        run_step("text to shards", data.prepare)
     # Not by the `deepspeed` command, whose first line breaks if the environment's path has a space. Its own log is
     # hidden, since the ranks print what is wrong.
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus or 1), "--master_port", free_port()]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks(recipe)), "--master_port", free_port()]
     training = ["launch/pretrain.py", "--config", config, *args.overrides]
     run_step("training", [*launcher, "--log_level", "critical", *training], graceful=True)
     export = ["launch/convert.py", str(recipe.folder), "--out", str(recipe.folder / "export")]
     run_step("export to Hugging Face format", export)
     run_step("report", ["launch/report.py", str(recipe.folder)])
+    if data:
+        prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
+        run_step("text", ["launch/generate.py", str(recipe.folder / "export"), *SAMPLING, *prompts])
+
+
+def ranks(recipe: Recipe) -> int:
+    """Return how many ranks train: one a GPU; on the CPU as many as have a core each, enough memory, and equal rows."""
+    gpus = torch.cuda.device_count()
+    if gpus or recipe.batch.rows is None:
+        return gpus or 1
+    rows = recipe.batch.rows
+    most = min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // MEMORY_OF_RANK, rows)
+    return max((number for number in range(1, most + 1) if rows % number == 0), default=1)
 
 
 def run_step(title: str, arguments: list[str], graceful: bool = False) -> None:

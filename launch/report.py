@@ -7,6 +7,8 @@ and prints it.
 import argparse
 import shlex
 
+import torch
+
 from infini_ds.conversion.locate import newest_run
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads
@@ -36,10 +38,12 @@ def next_commands(report: RunReport) -> list[str]:
     """Return commands that use the run: generate text, look at its metrics, train it for longer."""
     model, run, runs = (shlex.quote(str(path)) for path in (report.model, report.run, report.run.parent))
     prompt = shlex.quote(" ".join(report.prompt.split()[:PROMPT_WORDS]))
+    # By itself the deepspeed command starts a rank for each GPU; on the CPU one, whatever started the run.
+    ranks = "" if torch.cuda.is_available() or report.ranks == 1 else f" --num_gpus {report.ranks}"
     return [
         f"python launch/generate.py {model} --prompt {prompt}",
         f"tensorboard --logdir {runs}",
-        f"deepspeed launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
+        f"deepspeed{ranks} launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
     ]
 
 

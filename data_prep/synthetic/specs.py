@@ -19,16 +19,28 @@ def parse_task(text: str) -> RecallTask:
     name, *given = text.split(",")
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
-    types = {field.name: type(field.default) for field in fields(TASKS[name])}
+    task = TASKS[name](**parse_options(text, given, TASKS[name]))
+    task.check()
+    return task
+
+
+def parse_options(text: str, given: Sequence[str], kind: type[Any]) -> dict[str, Any]:
+    """Return the values of "option=value" texts by name.
+
+    Args:
+        text: what they are options of, for errors.
+        kind: a dataclass with a `name`, whose fields they are; the type of a field is that of its default.
+    Raises:
+        UserError: an option is unknown, or a value has another form.
+    """
+    types = {field.name: type(field.default) for field in fields(kind)}
     options: dict[str, Any] = {}
     for option in given:
         key, _, value = option.partition("=")
         if key not in types:
-            raise UserError(f"{text}: {name} has no option {key!r}{did_you_mean(key, types)}")
+            raise UserError(f"{text}: {kind.name} has no option {key!r}{did_you_mean(key, types)}")
         options[key] = _parse_value(key, value, types[key])
-    task = TASKS[name](**options)
-    task.check()
-    return task
+    return options
 
 
 def parse_tasks(text: str) -> list[RecallTask]:

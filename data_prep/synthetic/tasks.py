@@ -5,7 +5,7 @@ To add one, write a subclass of `RecallTask` with `@register_task(NAME)`.
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -88,6 +88,14 @@ def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
     return register
 
 
+PASSKEY_QUESTION = ["what", "is", "the", "pass", "key", "?", "the", "pass", "key", "is"]
+
+
+def passkey_fact(number: Sequence[str]) -> list[str]:
+    """Return the words of the fact that a number of some digits is the pass key."""
+    return ["the", "pass", "key", "is", *number, ".", "remember", "it", "."]
+
+
 @register_task("passkey")
 @dataclass(frozen=True)
 class Passkey(RecallTask):
@@ -105,10 +113,10 @@ class Passkey(RecallTask):
 
     def write(self, writer: ExampleWriter) -> None:
         number = writer.rng.choices(DIGITS, k=self.digits)
-        fact = writer.add("the", "pass", "key", "is", *number, ".", "remember", "it", ".")
+        fact = writer.add(*passkey_fact(number))
         self.add_distance(writer)
         begin = writer.length
-        writer.add("what", "is", "the", "pass", "key", "?", "the", "pass", "key", "is")
+        writer.add(*PASSKEY_QUESTION)
         writer.add_answer(*number, distance=begin - fact)
 
 
@@ -150,7 +158,8 @@ class Pairs(KeyValueTask):
 
     Attributes:
         queries: number of questions. No key is asked for again before all have been.
-        first: which of the two a fact names first, "key" or "value"; a question names a key in any case.
+        first: which of the two a fact names first, "key" or "value", or "both": all facts of an example have one order,
+            which is drawn. A question names a key in any case.
     """
 
     pairs: IntRange = FOUR
@@ -162,12 +171,13 @@ class Pairs(KeyValueTask):
         check_range("pairs", self.pairs.low, 1, self.keys)
         check_range("pairs", self.pairs.high, 1, self.keys)
         check_range("queries", self.queries.low, 1, math.inf)
-        check_choice("first", self.first, "key", "value")
+        check_choice("first", self.first, "key", "value", "both")
 
     def write(self, writer: ExampleWriter) -> None:
         pairs, queries = self.pairs.draw(writer.rng), self.queries.draw(writer.rng)
         keys, values = self.draw_keys(writer, pairs), self.draw_values(writer, pairs)
-        facts = zip(keys, values, strict=True) if self.first == "key" else zip(values, keys, strict=True)
+        first = writer.rng.choice(("key", "value")) if self.first == "both" else self.first
+        facts = zip(keys, values, strict=True) if first == "key" else zip(values, keys, strict=True)
         ends = [writer.add(*fact) for fact in facts]
         self.add_distance(writer)
         order: list[int] = []

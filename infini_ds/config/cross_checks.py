@@ -49,6 +49,19 @@ def find_conflict(recipe: Recipe) -> Conflict | None:
             "stability.on_spike=roll_back, but with stability.spike_sigmas=0 no loss is a spike: give a number of "
             "standard deviations, or stability.on_spike=flag",
         )
+    optimizer = recipe.optimizer
+    if optimizer.kind == "muon" and optimizer.gradient_clipping:
+        return Conflict(
+            ("optimizer.kind", "optimizer.gradient_clipping"),
+            f"optimizer.kind=muon with optimizer.gradient_clipping={optimizer.gradient_clipping}: DeepSpeed would clip "
+            "Muon's steps, whose size does not depend on the gradient's; give optimizer.gradient_clipping=0",
+        )
+    if optimizer.kind == "muon" and recipe.stability.check_gradients:
+        return Conflict(
+            ("optimizer.kind", "stability.check_gradients"),
+            "optimizer.kind=muon with stability.check_gradients=true: DeepSpeed keeps Muon's steps in place of the "
+            "gradients; give stability.check_gradients=false, or check with optimizer.kind=adamw",
+        )
     if recipe.deepspeed != "auto" and not Path(recipe.deepspeed).is_file():
         return Conflict(
             ("deepspeed",), f"deepspeed={recipe.deepspeed} is not a file: give a DeepSpeed JSON file, or auto"

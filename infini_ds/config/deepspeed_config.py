@@ -44,7 +44,7 @@ KNOWN_KEYS_OF_GROUPS = {
 # Keys of DeepSpeed that the recipe, or this project, has in another place.
 NOT_SUPPORTED = "this project does not support it, so leave it out"
 ELSEWHERE = {
-    "optimizer": "the recipe has the optimizer, AdamW, in optimizer.learning_rate and so on, so leave it out",
+    "optimizer": "the recipe has the optimizer, in optimizer.kind, optimizer.learning_rate and so on, so leave it out",
     "scheduler": "the recipe has the learning rate's schedule, in schedule.kind and so on, so leave it out",
     "fp16": "this project trains in bf16 or fp32, by precision= of the recipe, so leave it out",
     "amp": "this project trains in bf16 or fp32, by precision= of the recipe, so leave it out",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,14 +19,38 @@ from infini_ds.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
-DATA = "data/stdlib"
-SEQUENCE_LENGTH, VOCABULARY = 2048, 4096
-# Arguments of Python. A folder that is complete is left as it is.
-PREPARE = [
-    *("-m", "data_prep", "--source", "stdlib", "--out", DATA),
-    *("--sequence-length", str(SEQUENCE_LENGTH), "--vocab-size", str(VOCABULARY)),
-]
 SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class DefaultData:
+    """A data folder that the project prepares by itself, from text that every machine has."""
+
+    path: str
+    source: str
+    sequence_length: int
+    vocab_size: int
+
+    @property
+    def prepare(self) -> list[str]:
+        """Arguments of Python that prepare it. A folder that is complete is left as it is."""
+        shape = ["--sequence-length", str(self.sequence_length), "--vocab-size", str(self.vocab_size)]
+        return ["-m", "data_prep", "--source", self.source, "--out", self.path, *shape]
+
+    @property
+    def is_prepared(self) -> bool:
+        return Path(self.path, MANIFEST_NAME).is_file()
+
+
+# tiny-cpu reads little text, so what it reads is without the library's tests, which are most of its lines and repeat
+# themselves. Rows and vocabulary are small: see docs/training.md for what they were compared with.
+DEFAULT_DATA = {
+    data.path: data
+    for data in (
+        DefaultData("data/stdlib", "stdlib", sequence_length=2048, vocab_size=4096),
+        DefaultData("data/stdlib-modules", "stdlib-modules", sequence_length=1024, vocab_size=1024),
+    )
+}
 
 
 def default_recipe() -> Path:
@@ -50,17 +75,24 @@ def load_recipe_or_default(config: str | None, overrides: Sequence[str]) -> Reci
     return recipe
 
 
+def default_data(recipe: Recipe) -> DefaultData | None:
+    """Return the data that the recipe reads, if the project prepares them by itself."""
+    return None if recipe.data.streams else DEFAULT_DATA.get(str(recipe.data.path))
+
+
 def lacks_default_data(recipe: Recipe) -> bool:
-    """Return whether the recipe reads the default's data, which are not prepared yet."""
-    return recipe.data.path == DATA and not recipe.data.streams and not Path(DATA, MANIFEST_NAME).is_file()
+    """Return whether the recipe reads data that the project prepares by itself, and that are not prepared yet."""
+    data = default_data(recipe)
+    return data is not None and not data.is_prepared
 
 
 def with_data_to_prepare(recipe: Recipe) -> Recipe:
     """Return a recipe that can be planned before the default's data are prepared: with their shapes."""
-    if not lacks_default_data(recipe):
+    data = default_data(recipe)
+    if data is None or data.is_prepared:
         return recipe
-    plan = recipe.plan.model_copy(update={"sequence_length": recipe.plan.sequence_length or SEQUENCE_LENGTH})
-    config = {"vocab_size": VOCABULARY, **recipe.model.config}
+    plan = recipe.plan.model_copy(update={"sequence_length": recipe.plan.sequence_length or data.sequence_length})
+    config = {"vocab_size": data.vocab_size, **recipe.model.config}
     return recipe.model_copy(update={"plan": plan, "model": recipe.model.model_copy(update={"config": config})})
 
 
@@ -72,21 +104,22 @@ def prepare_default_data(recipe: Recipe, environment: DistEnv) -> None:
     Raises:
         UserError: the preparation failed, or its folder did not appear on this rank's node in time.
     """
-    if not lacks_default_data(recipe):
+    data = default_data(recipe)
+    if data is None or data.is_prepared:
         return
-    by_hand = f"`python {' '.join(PREPARE)}`"
+    by_hand = f"`python {' '.join(data.prepare)}`"
     if environment.is_rank_zero:
-        logger.info(f"{DATA} is not prepared yet: preparing it, as {by_hand} does")
+        logger.info(f"{data.path} is not prepared yet: preparing it, as {by_hand} does")
         kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        code = subprocess.run([sys.executable, *PREPARE], env=kept).returncode
+        code = subprocess.run([sys.executable, *data.prepare], env=kept).returncode
         if code:
-            raise UserError(f"preparing {DATA} ended with exit code {code}: fix what it reports above")
+            raise UserError(f"preparing {data.path} ended with exit code {code}: fix what it reports above")
         return
     waited_until = time.monotonic() + 60 * recipe.timeout_minutes
-    while lacks_default_data(recipe):
+    while not data.is_prepared:
         if time.monotonic() > waited_until:
             raise UserError(
-                f"{DATA}, which rank 0 prepares, has not appeared on this node within timeout_minutes="
+                f"{data.path}, which rank 0 prepares, has not appeared on this node within timeout_minutes="
                 f"{recipe.timeout_minutes}: use a file system that all nodes share, or run {by_hand} on each node first"
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)

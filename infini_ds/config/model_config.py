@@ -14,7 +14,7 @@ from infini_ds.utils.pretrained import read_config, read_json
 
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 # Keys of the model section that are fields of InfiniGPTNeoConfig; null leaves the default, or what start_from has.
-CONFIG_KEYS = ("segment_length", "memory_rule", "position_embedding", "gate_init")
+CONFIG_KEYS = ("segment_length", "memory_rule", "position_embedding", "gate_init", "short_conv")
 FIXED_BY_WEIGHTS = ("gate_init", "position_embedding")  # of these, what start_from decides
 
 
@@ -112,7 +112,8 @@ def _check_start_from(section: ModelSection) -> None:
     folder = Path(section.start_from or "")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.start_from={folder} is not a folder with a config.json: give an exported model")
-    kind = read_config(folder, f"model.start_from={folder}").get("model_type")
+    given = read_config(folder, f"model.start_from={folder}")
+    kind = given.get("model_type")
     if kind != InfiniGPTNeoConfig.model_type:
         raise UserError(
             f"model.start_from={folder} is a {kind} model, which has no memory: convert it to Infini-GPT-Neo first"
@@ -128,6 +129,12 @@ def _check_start_from(section: ModelSection) -> None:
                 f"model.{key}={getattr(section, key)} is decided by the weights of model.start_from={folder}: leave it "
                 "out"
             )
+    width = given.get("short_conv", 0)  # exports of earlier versions do not have the field
+    if width and section.short_conv not in (None, width):
+        raise UserError(
+            f"model.short_conv={section.short_conv} is decided by the weights of model.start_from={folder}, which have "
+            f"a short convolution of width {width}: leave it out"
+        )
 
 
 def _vocabulary(folder: Path, name: str) -> dict[str, int]:

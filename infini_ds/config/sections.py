@@ -84,6 +84,12 @@ class ModelSection(Section):
     gate_init: float | None = key(
         None, "start of the gates beta; null: 0, which is half local attention and half memory, or as in start_from"
     )
+    short_conv: int | None = key(
+        None,
+        "width of a learned convolution of keys and values, 2 for a token and the one before it; 0: none; null: 0, or "
+        "as in start_from",
+        ge=0,
+    )
     gradient_checkpointing: bool = key(
         False, "keep only the memory between blocks, recompute each block in the backward pass", resumable=True
     )
@@ -167,15 +173,32 @@ class ParallelSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW. Adam moves a value by at most the sum of its learning rates, so the gates have a higher one."""
+    """AdamW, or Muon for the matrices of the layers and AdamW for all other parameters. Adam moves a value by at most
+    the sum of its learning rates, so the gates have a higher one.
+    """
 
-    learning_rate: float = key(1e-3, "peak learning rate of all parameters but the gates", ge=0)
+    kind: Literal["adamw", "muon"] = key("adamw", "muon: the matrices of the layers are trained by Muon")
+    learning_rate: float = key(
+        1e-3,
+        "peak learning rate of what AdamW trains: all parameters but the gates and the matrices of Muon",
+        ge=0,
+    )
+    muon_learning_rate: float = key(
+        0.02, "peak learning rate of the matrices that Muon trains: the spectral norm of a step", ge=0
+    )
+    muon_momentum: float = key(0.95, "decay of Muon's momentum", ge=0, lt=1)
     gate_learning_rate: float = key(1e-2, "peak learning rate of the gates", ge=0)
     weight_decay: float = key(0.1, "weight decay of matrices and embeddings", ge=0)
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
     eps: float = key(1e-8, "added to the root of the second moment", ge=0)
     gradient_clipping: float = key(1.0, "largest norm of the gradient of all parameters; 0: no clipping", ge=0)
+
+    @property
+    def rates_of_weights(self) -> str:
+        """The learning rates of all parameters but the gates, as keys with values."""
+        rate = f"optimizer.learning_rate={self.learning_rate}"
+        return f"optimizer.muon_learning_rate={self.muon_learning_rate} and {rate}" if self.kind == "muon" else rate
 
 
 class ScheduleSection(Section):

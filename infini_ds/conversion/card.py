@@ -22,6 +22,19 @@ within a segment, and `n_positions` says to tools that more tokens are read.
 
 {usage}
 
+### Read once, ask often
+The memory of a text is a file of the same size for a text of any length, and continuing from it does not read the text
+again. A file is refused by every other model, and by this one at another step of its training.
+
+```python
+cache = model(prompt, use_cache=True).past_key_values  # after the lines above: any text, a book
+cache.save("text.memory", model)
+
+cache = model.load_cache("text.memory")
+question = torch.tensor([[5, 6, 7]])  # token ids that continue the text
+answer = model.generate(question, past_key_values=cache.copy(), max_new_tokens=50)  # each question has a copy
+```
+
 {origin}
 """
 

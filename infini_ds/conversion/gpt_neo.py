@@ -14,19 +14,22 @@ from infini_ds.utils.pretrained import TOKENIZER_FILES, load_pretrained, load_to
 # Initial beta of every gate; sigmoid(beta) is the weight of the memory in a head's output: 0.02 or 0.5.
 GATES = {"closed": -4.0, "zero": 0.0}
 
-OURS = r"\.attn\.attention\.(beta$|memory_parameters\.)"  # the parameters that a GPT-Neo does not have
+OURS = r"\.attn\.attention\.(beta$|memory_parameters\.|short_conv\.)"  # the parameters that a GPT-Neo does not have
 
 
-def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shard_size: str = "2GB") -> None:
+def from_gpt_neo(
+    name: str, out: Path, segment_length: int, gates: str, max_shard_size: str = "2GB", short_conv: int = 0
+) -> None:
     """Write a folder that training can start from (`model.start_from=`).
 
     Args:
         name: folder or hub name of a GPTNeoForCausalLM.
         gates: "closed" to start close to GPT-Neo on each segment by itself, "zero" to start with equal weights for
             local attention and memory.
+        short_conv: width of the short convolution, which starts as the identity; 0 for none.
     Raises:
-        UserError: the model cannot be read or is incomplete, is not a GPT-Neo, or has fewer positions than
-            `segment_length`.
+        UserError: the model cannot be read or is incomplete, is not a GPT-Neo, has fewer positions than
+            `segment_length`, or `short_conv` is no width.
     """
     given = f"--from-gpt-neo {name}"
     if Path(name, "config.json").is_file():
@@ -41,7 +44,9 @@ def from_gpt_neo(name: str, out: Path, segment_length: int, gates: str, max_shar
     for key in ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(key, None)
     try:
-        config = InfiniGPTNeoConfig(**fields, segment_length=segment_length, gate_init=GATES[gates])
+        config = InfiniGPTNeoConfig(
+            **fields, segment_length=segment_length, gate_init=GATES[gates], short_conv=short_conv
+        )
     except ValueError as error:
         raise UserError(f"--from-gpt-neo {name}: {first_line(error)}") from error
     model = load_pretrained(InfiniGPTNeoForCausalLM, name, given, config, may_lack=OURS)

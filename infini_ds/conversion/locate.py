@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,18 @@ class ModelLocation:
         return self.path if self.run is None else self.run / "tokenizer"
 
 
+def kind_of(path: Path) -> Literal["checkpoint", "run", "export", "external", None]:
+    """Return what a folder holds; "external" is a model that this project has neither trained nor converted."""
+    if (path / MANIFEST).is_file():
+        return "checkpoint"
+    if (path / "checkpoints").is_dir():
+        return "run"
+    if not (path / "config.json").is_file():
+        return None
+    own = read_config(path, str(path)).get("model_type") == InfiniGPTNeoConfig.model_type
+    return "export" if own else "external"
+
+
 def locate(path: str | Path) -> ModelLocation:
     """Return the location of an exported folder, of a run's newest complete checkpoint, or of one checkpoint.
 
@@ -45,23 +58,24 @@ def locate(path: str | Path) -> ModelLocation:
     path = user_path(str(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give an exported folder, a run, or a checkpoint")
-    if (path / MANIFEST).is_file():
+    kind = kind_of(path)
+    if kind == "checkpoint":
         run = path.resolve().parent.parent
         if not (run / "recipe.yaml").is_file():
             raise UserError(
                 f"{path}: a checkpoint is read from inside its run, and {run} is not a run (it has no recipe.yaml)"
             )
         return ModelLocation(path, path, run)
-    if (path / "checkpoints").is_dir():
+    if kind == "run":
         complete = complete_checkpoints(path)
         if not complete:
             raise UserError(f"{path}: this run has no complete checkpoint yet")
         return ModelLocation(path, complete[-1], path)
-    if (path / "config.json").is_file():
-        model_type = read_config(path, str(path)).get("model_type")
-        if model_type != InfiniGPTNeoConfig.model_type:
-            raise UserError(f"{path} is a {model_type} model: convert it first, with --from-gpt-neo {path}")
+    if kind == "export":
         return ModelLocation(path, None, None)
+    if kind == "external":
+        model_type = read_config(path, str(path)).get("model_type")
+        raise UserError(f"{path} is a {model_type} model: convert it first, with --from-gpt-neo {path}")
     raise UserError(
         f"{path} is neither an exported folder (config.json), nor a run (checkpoints/), nor a complete checkpoint "
         f"({MANIFEST})"

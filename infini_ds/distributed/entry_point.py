@@ -10,12 +10,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
+import psutil
 import torch
 
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.logging import setup_logging
 
-SECONDS_FOR_RANK_ZERO = 5.0  # for which the other ranks wait before they print an error
+SECONDS_FOR_RANK_ZERO = (5.0, 30.0)  # at least and at most, for which the other ranks wait before they print an error
 SECONDS_FOR_ROLL_CALL = 3.0
 STDOUT_CLOSED = 141  # 128 + SIGPIPE
 
@@ -37,7 +38,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:
-            time.sleep(SECONDS_FOR_RANK_ZERO)
+            time.sleep(seconds_for_rank_zero(psutil.Process().create_time()))
         if os.environ.get("INFINI_DS_TRACEBACK") == "1":
             traceback.print_exception(error)
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
@@ -51,6 +52,16 @@ def run_main(main: Callable[[], None]) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         abort(error)
+
+
+def seconds_for_rank_zero(started: float) -> float:
+    """Return how long a rank that was started at a time of the clock lets rank 0 print the error first.
+
+    As long as it took to get here: on a busy machine ranks start at different speeds, and the launcher ends all of them
+    with the first that ends, which must not be before rank 0 has printed.
+    """
+    at_least, at_most = SECONDS_FOR_RANK_ZERO
+    return at_least + min(max(time.time() - started, 0.0), at_most - at_least)
 
 
 def stdout_has_no_reader() -> bool:

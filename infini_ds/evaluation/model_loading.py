@@ -10,11 +10,11 @@ from typing import TypeGuard
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from infini_ds.checkpoint.manifest import MANIFEST
-from infini_ds.conversion.locate import load_model, load_tokenizer, locate
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.conversion.locate import kind_of, load_model, load_tokenizer, locate
+from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.model.cache_file import hash_weights
 from infini_ds.utils.errors import UserError, first_line
-from infini_ds.utils.pretrained import load_pretrained, load_tokenizer_files, read_config
+from infini_ds.utils.pretrained import load_pretrained, load_tokenizer_files
 
 # Fields of a configuration that do not change what the model computes. They differ between a checkpoint and its export.
 NOT_HASHED = (
@@ -57,6 +57,12 @@ class EvaluatedModel:
         return hashlib.sha256(f"{self.sha256} {vocabulary}".encode()).hexdigest()
 
     @property
+    def start_ids(self) -> list[int]:
+        """The token that a text begins with: the start token, or the end token of a tokenizer without one."""
+        of_start, of_end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [of_start if of_start is not None else of_end]
+
+    @property
     def facts(self) -> ModelFacts:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return ModelFacts(self.path, self.sha256, parameters, self.model.config.model_type)
@@ -68,7 +74,7 @@ def load_evaluated_model(name: str, device: torch.device) -> EvaluatedModel:
     Raises:
         UserError: no such model, in a folder or on the hub, or it has no tokenizer.
     """
-    if _is_external(name):
+    if not Path(name).is_dir() or kind_of(Path(name)) == "external":
         model, tokenizer = _load_external(name)
         run, folder = None, Path(name) if Path(name).is_dir() else Path("runs", name.replace("/", "--"))
         results_folder = folder / "evaluation"
@@ -79,16 +85,6 @@ def load_evaluated_model(name: str, device: torch.device) -> EvaluatedModel:
         if location.path == location.checkpoint:
             results_folder = results_folder / location.checkpoint.name
     return EvaluatedModel(name, model.eval().to(device), tokenizer, run, results_folder, model_sha256(model))
-
-
-def _is_external(name: str) -> bool:
-    """Return whether a name is that of a model that this project has neither trained nor converted."""
-    path = Path(name)
-    if not path.is_dir():
-        return True
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
-        return False
-    return read_config(path, name).get("model_type") != InfiniGPTNeoConfig.model_type
 
 
 def _load_external(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -113,9 +109,7 @@ def model_sha256(model: PreTrainedModel) -> str:
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_HASHED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    hash_weights(model, digest)
     return digest.hexdigest()
 
 

@@ -15,7 +15,8 @@ from infini_ds.conversion.locate import load_model, load_tokenizer, locate
 from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation.generation import prompt_inputs
 from infini_ds.evaluation.plots import plot_gates, plot_loss_by_position, plot_loss_curves
-from infini_ds.evaluation.tasks.position import bin_means, sources_of_run
+from infini_ds.evaluation.tasks.position import bin_means
+from infini_ds.evaluation.validation_rows import sources_of_run
 from infini_ds.metrics.metric_writers import read_metrics
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.validation import PositionLosses, position_losses
@@ -32,7 +33,7 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 120
 class RunReport:
     """What was measured on a run's newest checkpoint, which is exported to `model`.
 
-    step, tokens: of training. rows: validation rows that were evaluated. on, off: losses with the memory on and off, in
+    step, tokens: of training. ranks: that wrote the checkpoint. rows: validation rows that were evaluated. on, off: losses with the memory on and off, in
     nats a token. tokens_per_second, mfu: of training, medians. metrics: all that the run recorded. data: the manifest
     of each of its streams.
     """
@@ -43,6 +44,7 @@ class RunReport:
     segment_length: int
     step: int
     tokens: int
+    ranks: int
     rows: int
     on: PositionLosses
     off: PositionLosses
@@ -69,7 +71,7 @@ def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
         raise UserError(f"{run} has not recorded a training step yet")
     location = locate(run)
     assert location.checkpoint is not None  # it is a run
-    state = read_manifest(location.checkpoint).state
+    manifest = read_manifest(location.checkpoint)
     tokenizer = load_tokenizer(location)
     model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
     validation = ValidationRows(sources)
@@ -89,8 +91,9 @@ def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
         model=model_folder,
         parameters=sum(p.numel() for p in model.parameters()),
         segment_length=model.config.segment_length,
-        step=state.step,
-        tokens=state.tokens,
+        step=manifest.state.step,
+        tokens=manifest.state.tokens,
+        ranks=manifest.world_size,
         rows=rows,
         on=on,
         off=off,

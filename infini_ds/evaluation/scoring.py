@@ -16,6 +16,7 @@ from infini_ds.model.loss import IGNORE_INDEX
 
 MEMORY_SETTINGS = ("on", "off", "other")  # the memory as it is, switched off, and that of another document
 MAX_LOGITS = 2**27  # that exist at a time in models that return all of them: 512 MiB in fp32
+DEFAULT_SEGMENT = 128  # tokens in a segment, for models that have none
 Span = tuple[int, int]  # tokens [begin, end) of a row
 
 
@@ -27,6 +28,11 @@ def memory_settings(model: PreTrainedModel) -> tuple[str, ...]:
 def context_length(model: PreTrainedModel) -> int | None:
     """Return how many tokens the model can read, or None for any number."""
     return None if has_memory(model) else getattr(model.config, "max_position_embeddings", None)
+
+
+def segment_length(model: PreTrainedModel) -> int:
+    """Return the tokens in a segment of the model, or what counts as one for a model without segments."""
+    return model.config.segment_length if has_memory(model) else DEFAULT_SEGMENT
 
 
 def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:

@@ -87,8 +87,8 @@ class MemoryDiagnostics:
                 yield (
                     norm,
                     f"the norm of {norm.removesuffix('_norm')} in {layer} has grown from {before:.3g} to {value:.3g} "
-                    "since half as many steps: if it grows further, lower optimizer.learning_rate="
-                    f"{self.recipe.optimizer.learning_rate}, or set model.memory_rule=delta",
+                    "since half as many steps: if it grows further, lower "
+                    f"{self.recipe.optimizer.rates_of_weights}, or set model.memory_rule=delta",
                 )
         gained = metrics.get("validation/gained_by_memory")
         noise = 2 * metrics.get("validation/gain_standard_error", 0.0)

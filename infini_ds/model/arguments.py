@@ -9,13 +9,26 @@ import torch
 from torch import Tensor
 
 IGNORED = ("cache_position", "next_sequence_length", "is_first_iteration", "logits_to_keep")  # of generation loops
+# Of collators that pack documents into a row, such as TRL's: the borders that `position_ids` give too.
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def reject_unknown_arguments(arguments: dict) -> None:
-    """Raise a TypeError for a misspelled argument, or one that requests what this model does not provide."""
+def reject_unknown_arguments(arguments: dict, *documents: Tensor | None) -> None:
+    """Raise a TypeError for a misspelled argument, or one that requests what this model does not provide.
+
+    Args:
+        documents: the arguments that tell where packed documents begin; one of them is needed beside BORDERS.
+    """
     for name, value in arguments.items():
-        if name not in IGNORED and not (value is None or value is False):
+        if name in IGNORED or value is None or value is False:
+            continue
+        if name not in BORDERS:
             raise TypeError(f"forward() of Infini-GPT-Neo has no argument {name}={value!r:.80}")
+        if all(each is None for each in documents):
+            raise TypeError(
+                f"{name} is ignored by this model, which learns from position_ids or document_ids where packed "
+                "documents begin: pass one of them too"
+            )
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:

@@ -31,6 +31,7 @@ from .attention import InfiniAttention
 from .block_schedule import BlockSchedule
 from .cache import InfiniCache, LayerCache
 from .configuration import InfiniGPTNeoConfig
+from .decoding import DecodingStep, fits, plan_step, run_step
 from .layers import InfiniLayer
 from .local_attention import document_mask
 from .memory import memory_dtype
@@ -39,6 +40,7 @@ from .outputs import InfiniModelOutput, as_requested, wants_dict
 from .recompute import checkpoint_blocks
 from .segments import SegmentGrid, build_grid, build_grid_after_cache
 from .sequence_parallel import SequenceGroup
+from .short_conv import ShortConvolution
 
 logger = logging.get_logger(__name__)
 OutputT = TypeVar("OutputT", bound=tuple[Tensor | None, ...])  # what is computed of a block's hidden states
@@ -92,6 +94,12 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, InfiniAttention):
             nn.init.constant_(module.beta, self.config.gate_init)
+        if isinstance(module, ShortConvolution):
+            embedding = cast(InfiniGPTNeoModel, self.base_model).wte
+            if getattr(embedding.weight, "_is_hf_initialized", False):  # the other weights come from a file
+                module.start_as_identity()
+            else:
+                module.start_even()
         if isinstance(
             module, nn.ParameterDict
         ):  # of an InfiniAttention, which transformers 5 skips if `beta` is loaded
@@ -107,14 +115,14 @@ class ForwardContext:
 
     Attributes:
         input_ids: (B, T), 0 where embeddings are given; inputs_embeds: (B, T, E) or None.
-        grid: of the input tokens; states: each layer's memory before the first segment.
+        grid: of the input tokens, or where they lie in a cache; states: each layer's memory before the first segment.
         cache: to update, or None.
         open_segment: (B,) the segment of the grid that is not full at the end; None without a cache.
     """
 
     input_ids: Tensor
     inputs_embeds: Tensor | None
-    grid: SegmentGrid
+    grid: SegmentGrid | DecodingStep
     states: tuple[State, ...]
     cache: InfiniCache | None
     open_segment: Tensor | None
@@ -123,7 +131,7 @@ class ForwardContext:
         """Return the blocks' hidden states in the order of the input tokens, (B, T, E), and 0 at padding."""
         grid, T = self.grid, self.input_ids.shape[1]
         hidden = grid.from_slots(grid.join(of_blocks), T)
-        if grid.incremental:
+        if isinstance(grid, SegmentGrid) and grid.incremental:
             assert grid.slots is not None
             hidden = hidden.masked_fill((grid.slots == grid.S)[..., None], 0)
         return hidden
@@ -175,7 +183,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         **unknown,
     ) -> InfiniModelOutput | tuple:
         """Return the hidden states of all tokens; for the arguments see `InfiniGPTNeoForCausalLM.forward`."""
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids, document_ids)
         reject_attentions(output_attentions, self.config)
 
         def hidden_alone(hidden: Tensor, slots: slice) -> tuple[Tensor]:
@@ -238,6 +246,10 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if cache is None and self._wants_cache(use_cache):
             cache = InfiniCache(config, B, self.dtype, device)
         open_segment = None
+        if cache is not None and fits(self, cache, tokens, attention_mask, document_ids, memory_of):
+            step = plan_step(config, cache, tokens.shape[1], use_memory)
+            states = tuple(layer.memory for layer in cache.layer_caches)
+            return ForwardContext(tokens, inputs_embeds, step, states, cache, open_segment)
         if cache is None:
             grid = build_grid(tokens, config.segment_length, attention_mask, document_ids, self.sequence_group)
             rule = get_memory_rule(config.memory_rule)
@@ -246,7 +258,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         else:
             if attention_mask is None:
                 attention_mask = torch.ones_like(tokens)
-            N = 1 if tokens.shape[1] <= cache.min_free_slots else None
+            N = 1 if tokens.shape[1] <= cache.free_slots() else None
             grid, open_segment = build_grid_after_cache(
                 cache.open_documents, cache.memory_document, attention_mask, document_ids, cache.packed, N
             )
@@ -291,6 +303,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         grid, cache, schedule = context.grid, context.cache, self.block_schedule
+        if isinstance(grid, DecodingStep):
+            return run_step(self, context, output, output_hidden_states)
 
         def in_slots(values: Tensor) -> Tensor:
             return values if grid.incremental else grid.to_slots(values, 0)
@@ -354,7 +368,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         self,
         ids: Tensor,
         states: tuple[State, ...],
-        grid: SegmentGrid,
+        grid: SegmentGrid | DecodingStep,
         cached: list[LayerCache | None],
         embeds: Tensor | None = None,
         keep_hidden: bool = False,
@@ -375,7 +389,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         masks: dict[int | None, Tensor | BlockMask | None] = {}
         for window in {layer.attention.window for layer in layers}:
             if flex:
-                assert grid.documents is not None
+                assert isinstance(grid, SegmentGrid) and grid.documents is not None
                 masks[window] = document_mask(grid.documents.flatten(0, 1), window)
             else:
                 masks[window] = grid.local_mask(window, ids.device)

@@ -3,18 +3,28 @@
 Shapes: B batch, H heads, S slots in a segment, D head size.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache_file import load_cache, save_cache
 from .configuration import InfiniGPTNeoConfig
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
 from .segments import NO_DOCUMENT, SegmentGrid
+
+if TYPE_CHECKING:
+    from .decoding import DecodingStep
 
 # transformers 5.24 renamed the argument and the field of outputs; `generate()` finds the cache by this name alone.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -42,17 +52,39 @@ def _hash_after(start: Tensor, ids: Tensor) -> Tensor:
 
 
 def _fingerprint(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> dict[str, object]:
-    names = ("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding")
+    names = (
+        *("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"),
+    )
     return {name: getattr(config, name) for name in names} | {"dtype": dtype}
 
 
 @dataclass
 class LayerCache:
-    """One layer's memory, and keys and values (without rotary phase) of each row's open segment, (B, H, S, D)."""
+    """One layer's memory, and keys and values of each row's open segment, (B, H, S, D), as they were projected: neither
+    convolved nor rotated.
+
+    Attributes:
+        attended_k, attended_v: convolved and rotated, as local attention uses them; decoding keeps them where they are
+            not k and v themselves. None: not computed since k and v were last replaced.
+        owned: no one else holds k and v, so that decoding may write to them in place. It makes copies otherwise.
+    """
 
     memory: State
     k: Tensor
     v: Tensor
+    attended_k: Tensor | None = None
+    attended_v: Tensor | None = None
+    owned: bool = False
+
+    def replace_open_segment(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v, self.owned = k, v, False
+        self.attended_k = self.attended_v = None
+
+    def take_ownership(self) -> None:
+        """Copy k and v if they are shared, a part of autograd's graph, or not writable outside of inference mode."""
+        if not self.owned or (self.k.is_inference() and not torch.is_inference_mode_enabled()):
+            self.replace_open_segment(self.k.detach().clone(), self.v.detach().clone())
+            self.owned = True
 
 
 class InfiniCache(Cache):
@@ -69,8 +101,6 @@ class InfiniCache(Cache):
         fingerprint: what decides the shapes and the meaning of the tensors, by name.
         offset: the column at which the token ids of the present `generate()` begin; 0 unless it was given a question
             alone, after the text in the cache.
-        min_free_slots: a lower bound of the free slots in every row's open segment. While the tokens of a call fit into
-            it, the number of segments is known to be 1, and the host need not wait for the device to count them.
     """
 
     def __init__(self, config: InfiniGPTNeoConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str):
@@ -80,13 +110,41 @@ class InfiniCache(Cache):
         self.rule = get_memory_rule(config.memory_rule)
         empty = self.rule.empty_state(B, H, D, memory_dtype(dtype), device)
         self.layer_caches = [LayerCache(empty, open_segment, open_segment) for _ in range(config.num_layers)]
-        self.open_documents = torch.full((B, S), NO_DOCUMENT, device=device)
+        self.segment_length = S
         self.memory_document = torch.full((B,), NO_DOCUMENT, device=device)
+        self._open_documents: Tensor | None = torch.full((B, S), NO_DOCUMENT, device=device)
+        self._tokens: list[int] | None = None
         self.fingerprint = _fingerprint(config, dtype)
         self.columns = 0
         self.packed = False
-        self.min_free_slots = S
         self._forget_ids()
+
+    @property
+    def open_documents(self) -> Tensor:
+        if self._open_documents is None:  # since the last decoding step, and no row is packed: all tokens are of one
+            assert self._tokens is not None
+            filled = torch.tensor(self._tokens, device=self.memory_document.device)[:, None] % self.segment_length
+            slots = torch.arange(self.segment_length, device=filled.device)
+            self._open_documents = torch.where(slots < filled, 0, NO_DOCUMENT)
+        return self._open_documents
+
+    @open_documents.setter
+    def open_documents(self, documents: Tensor) -> None:
+        self._open_documents, self._tokens = documents, None
+
+    def tokens(self) -> list[int]:
+        """Return how many tokens each row holds, modulo the segment length, and plus it once the memory is written.
+
+        The host keeps these numbers, so that it need not wait for the device to count them at each step of decoding.
+        """
+        if self._tokens is None:
+            filled = (self.open_documents != NO_DOCUMENT).sum(1)
+            self._tokens = (filled + self.segment_length * (self.memory_document != NO_DOCUMENT)).tolist()
+        return self._tokens
+
+    def free_slots(self) -> int:
+        """Return how many tokens certainly fit into every row's open segment."""
+        return self.segment_length - max(tokens % self.segment_length for tokens in self.tokens())
 
     def _forget_ids(self) -> None:
         self.offset = 0
@@ -141,6 +199,30 @@ class InfiniCache(Cache):
                 raise ValueError(f"the prompt begins like the text in the cache, and then differs from it: {hint}")
         self.offset, self.offset_hash = self.columns, self.ids_hash
 
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
+        """Write the cache to a file, atomically, with a hash of the weights of the model that it is a cache of."""
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> InfiniCache:
+        """Return the cache in a file, on the model's device.
+
+        Raises:
+            ValueError: the file is damaged or not a cache, or the cache of another model or other weights.
+        """
+        return load_cache(cls, path, model)
+
+    def copy(self) -> InfiniCache:
+        """Return an independent copy: each of several continuations of one text begins with its own."""
+
+        def cloned(values: dict) -> dict:
+            return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, values)
+
+        branch = copy.copy(self)
+        vars(branch).update(cloned(vars(self)))
+        branch.layer_caches = [replace(layer, **cloned(vars(layer))) for layer in self.layer_caches]
+        return branch
+
     def store_open_segments(self, keys_values: list[tuple[Tensor, Tensor]], open_segment: Tensor) -> None:
         """Store the keys and values of each row's open segment, if it is one of these segments.
 
@@ -153,8 +235,10 @@ class InfiniCache(Cache):
         index = open_segment.clamp(0, N - 1)
         rows = torch.arange(len(index), device=index.device)
         for layer, (k, v) in zip(self.layer_caches, keys_values, strict=True):
-            layer.k = torch.where(in_range, k[rows, index].to(layer.k.dtype), layer.k)
-            layer.v = torch.where(in_range, v[rows, index].to(layer.v.dtype), layer.v)
+            layer.replace_open_segment(
+                torch.where(in_range, k[rows, index].to(layer.k.dtype), layer.k),
+                torch.where(in_range, v[rows, index].to(layer.v.dtype), layer.v),
+            )
 
     def advance(
         self, states: tuple[State, ...], grid: SegmentGrid, open_segment: Tensor, columns: int, ids: Tensor | None
@@ -164,30 +248,44 @@ class InfiniCache(Cache):
         Args:
             ids: (B, columns) the tokens that were read, None if they were given as embeddings.
         """
-        if ids is None or self.ids_hash is None:
-            self.ids_hash = None
-        else:
-            if self.columns < FIRST_IDS:
-                self.first_ids = torch.cat([self.first_ids, ids[:, : FIRST_IDS - self.columns]], dim=1)
-            self.ids_hash = _hash_after(self.ids_hash, ids)
+        self._count_columns(columns, ids)
         for layer, memory in zip(self.layer_caches, states, strict=True):
             layer.memory = memory
         assert grid.documents is not None and grid.memory_document is not None  # a grid after a cache has both
         empty_segment = torch.full_like(grid.documents[:, :1], NO_DOCUMENT)
         rows = torch.arange(len(open_segment), device=open_segment.device)
         self.open_documents = torch.cat([grid.documents, empty_segment], dim=1)[rows, open_segment]
-        self.memory_document = grid.memory_document[:, -1]
-        self.columns += columns
+        self.memory_document = grid.memory_document[:, -1].clone()  # without those before all other segments
         self.packed = grid.packed
-        self.min_free_slots -= columns
-        if self.min_free_slots < 0:
-            self.min_free_slots = grid.S - int((self.open_documents != NO_DOCUMENT).sum(1).max())
+
+    def advance_step(self, states: tuple[State, ...], step: DecodingStep, ids: Tensor | None) -> None:
+        """Move on to the end of a decoding step, whose keys and values the layers have put into the cache.
+
+        Args:
+            ids: (B, T) the tokens that were read, None if they were given as embeddings.
+        """
+        tokens = [count + step.T for count in self.tokens()]
+        self._count_columns(step.T, ids)
+        for layer, memory in zip(self.layer_caches, states, strict=True):
+            layer.memory = memory
+        self.memory_document = step.memory_document
+        self._open_documents, self._tokens = step.documents_afterwards(), tokens
+
+    def _count_columns(self, columns: int, ids: Tensor | None) -> None:
+        if ids is None or self.ids_hash is None:
+            self.ids_hash = None
+        else:
+            if self.columns < FIRST_IDS:
+                self.first_ids = torch.cat([self.first_ids, ids[:, : FIRST_IDS - self.columns]], dim=1)
+            self.ids_hash = _hash_after(self.ids_hash, ids)
+        self.columns += columns
 
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes."""
         tensors = [self.open_documents, self.memory_document]
         for layer in self.layer_caches:
             tensors += [*tree_leaves(layer.memory), layer.k, layer.v]
+            tensors += [x for x in (layer.attended_k, layer.attended_v) if x is not None]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -207,12 +305,19 @@ class InfiniCache(Cache):
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows listed in `index`, in its order; a row may be listed more than once."""
         index = index.to(self.memory_document.device)
+        tokens = self.tokens()
+        alike = all(count == tokens[0] for count in tokens)  # then the host need not know the index
+        tokens = tokens[:1] * len(index) if alike else [tokens[row] for row in index.tolist()]
         self.open_documents, self.memory_document = self.open_documents[index], self.memory_document[index]
+        self._tokens = tokens
         self.first_ids = self.first_ids[index]
         self.ids_hash, self.offset_hash = (x if x is None else x[index] for x in (self.ids_hash, self.offset_hash))
         for layer in self.layer_caches:
             layer.memory = tree_map(lambda x: x[index], layer.memory)
-            layer.k, layer.v = layer.k[index], layer.v[index]
+            attended = layer.attended_k, layer.attended_v
+            layer.replace_open_segment(layer.k[index], layer.v[index])
+            layer.owned = not layer.k.requires_grad
+            layer.attended_k, layer.attended_v = (x if x is None else x[index] for x in attended)
 
     reorder_cache = select_rows  # type: ignore[assignment]  # transformers' name for it in beam search
     batch_select_indices = select_rows  # type: ignore[assignment]
@@ -228,11 +333,10 @@ class InfiniCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache in place."""
-        self.open_documents.fill_(NO_DOCUMENT)
-        self.memory_document.fill_(NO_DOCUMENT)
+        self.open_documents = torch.full_like(self.open_documents, NO_DOCUMENT)
+        self.memory_document = torch.full_like(self.memory_document, NO_DOCUMENT)
         self.columns = 0
         self.packed = False
-        self.min_free_slots = self.open_documents.shape[1]
         self._forget_ids()
         for layer in self.layer_caches:
             B, H, _, D = layer.k.shape

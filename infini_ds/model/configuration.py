@@ -39,6 +39,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             rotary positions in local attention, none in the memory.
         gate_init: initial value of each head's gate beta; sigmoid(beta) is the weight of the memory in its output.
         rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
+        short_conv: width of a learned causal convolution of keys and values, for local attention and memory alike; 2 is
+            a token and the one before it. 0: none.
 
     Raises:
         ValueError: a value is invalid; the sentence names field, value and remedy.
@@ -55,6 +57,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         position_embedding: str = "segment",
         gate_init: float = 0.0,
         rotary_base: float = 10000.0,
+        short_conv: int = 0,
         **kwargs,
     ):
         self.segment_length = segment_length
@@ -62,6 +65,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self.position_embedding = position_embedding
         self.gate_init = gate_init
         self.rotary_base = rotary_base
+        self.short_conv = short_conv
         _reject_schedule(kwargs)
         for name in ("hidden_size", "num_layers", "num_heads", "window_size"):  # transformers divides by some of them
             if kwargs.get(name, 1) < 1:
@@ -87,6 +91,11 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init} must be a finite number, such as 0 for half of the memory")
+        if self.short_conv != 0 and self.short_conv < 2:
+            raise ValueError(
+                f"short_conv={self.short_conv} is no width of a convolution: give 2 for a token and the one before it, "
+                "more for more tokens, or 0 for none"
+            )
         get_memory_rule(self.memory_rule)
         if self.position_embedding not in POSITION_EMBEDDINGS:
             raise ValueError(

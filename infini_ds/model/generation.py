@@ -1,9 +1,12 @@
 """How transformers' `generate()` uses the model: what a step gets, and that length is unlimited."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.utils import ModelOutput
 
 from .arguments import one_cache
 from .cache import CACHE_NAME, InfiniCache
@@ -34,6 +37,18 @@ class InfiniGenerationMixin(GenerationMixin):
         return super()._prepare_generated_length(
             generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
         )
+
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, *args, **kwargs) -> dict:
+        # The cache knows all that these say of the tokens it has read, and a new token is no padding and belongs to the
+        # last document. Without them a step needs no mask, and transformers need not make them longer each time.
+        if isinstance(outputs.get(CACHE_NAME), InfiniCache):
+            for name in ("attention_mask", "document_ids", "position_ids"):
+                model_kwargs.pop(name, None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def load_cache(self, path: str | Path) -> InfiniCache:
+        """Return the cache that `InfiniCache.save` wrote to a file, for this model. Errors are those of its `load`."""
+        return InfiniCache.load(path, self)  # type: ignore[arg-type]
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Return what transformers' `generate()` returns, for a prompt with or without a cache.

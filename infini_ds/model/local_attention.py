@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0) -> Tensor:
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0, causal: bool = True
+) -> Tensor:
     """Return softmax(q k^T) v, eq. (2), without the factor 1 / sqrt(D): GPT-Neo does not scale its scores.
 
     Args:
         q: (B, H, S, D); k, v: (B, H, K, D).
         mask: bool, broadcastable to (B, H, S, K), with at least one key for each query; or a `document_mask`, with
-            which dropout is not applied; or None: causal, S = K.
+            which dropout is not applied; or None: causal, S = K, unless `causal` is False: all keys.
     """
     if isinstance(mask, BlockMask):
         # Without compilation flex attention computes all scores: on the CPU it is correct, but not fast.
@@ -26,7 +28,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
         if q.device.type == "cuda":
             attention = _compiled_flex_attention()
         return attention(q, k, v, block_mask=mask, scale=1.0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=1.0)
+    causal = causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=1.0)
 
 
 @cache

@@ -4,6 +4,7 @@ Shapes: B batch, H heads, N segments, S tokens in a segment, D head size. The me
 precision of the model: summed in bf16, z is wrong by more than half after a thousand segments.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,19 @@ def memory_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(model_dtype, torch.float32)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return the context in which memories are computed: in fp32 whatever the precision of the layer."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _phi(x: Tensor) -> Tensor:
+    return x.clamp(-40, 0).exp_().add_(x.relu())
+
+
 class _FeatureMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        phi = x.clamp(-40, 0).exp_().add_(x.relu())
+        phi = _phi(x)
         ctx.save_for_backward(phi)
         return phi
 
@@ -44,7 +54,8 @@ def feature_map(x: Tensor) -> Tensor:
     retrieved and gradients reach 1e30. Computed as exp(x) + relu(x), with x clamped to -40 (phi = 4e-18), phi(q) z
     never underflows. The backward pass needs phi alone, which the matrix products that use it save anyway.
     """
-    return _FeatureMap.apply(x if x.dtype == torch.float64 else x.float())
+    x = x if x.dtype == torch.float64 else x.float()
+    return _FeatureMap.apply(x) if torch.is_grad_enabled() else _phi(x)
 
 
 def key_features(k: Tensor, write_mask: Tensor | None = None) -> Tensor:
@@ -80,16 +91,18 @@ def retrieve(q: Tensor, memory: MemoryState) -> Tensor:
     return (phi_q @ memory.M) / denominator
 
 
-def blend(local: Tensor, retrieved: Tensor, beta: Tensor, read_mask: Tensor) -> Tensor:
+def blend(local: Tensor, retrieved: Tensor, beta: Tensor, read_mask: Tensor | None) -> Tensor:
     """Return g A_mem + (1 - g) A_local with g = sigmoid(beta), eq. (6), and A_local where there is nothing to read.
 
     Args:
         local, retrieved: (B, N, H, S, D); beta: (H,) one gate a head.
-        read_mask: bool, broadcastable to (B, N, S): the tokens whose document is in the memory.
+        read_mask: bool, broadcastable to (B, N, S): the tokens whose document is in the memory. None: all.
     Returns:
         (B, N, H, S, D) in the precision of `local`.
     """
-    gate = torch.sigmoid(beta.to(retrieved.dtype))[:, None, None] * read_mask[:, :, None, :, None]
+    gate = torch.sigmoid(beta.to(retrieved.dtype))[:, None, None]
+    if read_mask is not None:
+        gate = gate * read_mask[:, :, None, :, None]
     return torch.lerp(local.to(retrieved.dtype), retrieved, gate).to(local.dtype)
 
 

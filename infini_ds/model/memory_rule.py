@@ -9,8 +9,8 @@ Shapes: B batch, H heads, N segments, S tokens in a segment, D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,3 +158,12 @@ def state_tensors(state: State) -> dict[str, Tensor]:
     """Return the tensors of a state by name: a NamedTuple's fields, otherwise their positions."""
     names = getattr(state, "_fields", range(len(state)))
     return {str(name): tensor for name, tensor in zip(names, state, strict=True)}
+
+
+def map_state(function: Callable[..., Tensor], state: StateT, *others: StateT) -> StateT:
+    """Return the state of what `function` returns for each tensor of a state, or for those of several of one form.
+
+    As `tree_map` does, in a fraction of its time, which counts for a single token.
+    """
+    tensors = [function(*each) for each in zip(state, *others, strict=True)]
+    return cast(StateT, getattr(state, "_make", tuple)(tensors))

@@ -1,6 +1,7 @@
 """Infini-GPT-Neo: GPT-Neo whose every layer also reads and writes a compressive memory, as Hugging Face models.
 
-Parameter names are GPT-Neo's own; each layer adds one gate `beta` a head, and the parameters of its memory rule.
+Parameter names are GPT-Neo's own; each layer adds one gate `beta` a head, the parameters of its memory rule,
+and those of its short convolution if it has one.
 
 Shapes: B batch, T tokens, E width, V vocabulary, C labels.
 """
@@ -21,10 +22,13 @@ from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput, as_re
 # An export's code is copied by transformers 4, which follows the direct imports of this file and of configuration.py
 # alone: what other files import is repeated.
 from .attention import InfiniAttention  # noqa: F401
+from .cache_file import save_cache  # noqa: F401
+from .decoding import DecodingStep  # noqa: F401
 from .layers import InfiniLayer  # noqa: F401
 from .local_attention import local_attention  # noqa: F401
 from .recompute import checkpoint_blocks  # noqa: F401
 from .segments import SegmentGrid  # noqa: F401
+from .short_conv import ShortConvolution  # noqa: F401
 
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
 
@@ -73,7 +77,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         cache: InfiniCache | None = None,
         **unknown,
     ) -> InfiniCausalLMOutput | tuple:
-        """Return the loss if there are labels, logits, the cache, and each layer's memory.
+        """Return the loss if there are labels, logits, the cache, and each layer's memory: after all tokens, or with a
+        cache after the last full segment.
 
         Args:
             input_ids: (B, T).
@@ -108,7 +113,7 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
                 a cache in training with gradient checkpointing.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids, document_ids)
         reject_attentions(output_attentions, self.config)
         named = wants_dict(return_dict, self.config)
         if use_cache is None and labels is not None:
@@ -131,6 +136,10 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
         )
         grid, T = context.grid, context.input_ids.shape[1]
         targets = None if labels is None else grid.shift_labels(labels, IGNORE_INDEX)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        columns = torch.arange(T, device=context.input_ids.device)[kept] if return_logits else None
+        if columns is not None and len(columns) > grid.S:
+            columns = None  # so many that the hidden states of all tokens are kept until the end
 
         def loss_and_hidden(hidden: Tensor, slots: slice) -> tuple[Tensor | None, Tensor | None]:
             loss = None
@@ -144,6 +153,8 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
                 else:
                     loss = (token_losses if loss_reduction == "none" else summed_loss)(rows, weight, row_targets)
                 loss = loss.view(block_targets.shape) if loss_reduction == "none" else loss
+            if columns is not None:
+                hidden = grid.at_columns(columns, hidden, slots)
             return loss, hidden if return_logits else None
 
         outputs, memory, hidden_states = self.transformer.run_blocks(
@@ -158,8 +169,11 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
             if loss_reduction == "mean":
                 loss = loss / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
         if return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(grid.from_slots(grid.join(hidden), T)[:, kept])
+            if columns is None:
+                of_columns = grid.from_slots(grid.join(hidden), T)[:, kept]
+            else:
+                of_columns = grid.sum(hidden[0] if len(hidden) == 1 else torch.stack(hidden).sum(0))
+            logits = self.lm_head(of_columns)
         # In the order of their fields, since the third one has two names.
         output = InfiniCausalLMOutput(
             loss,  # type: ignore[arg-type]
@@ -224,7 +238,7 @@ class InfiniGPTNeoForSequenceClassification(InfiniGPTNeoPreTrainedModel):
             ValueError: an argument whose value this model has no meaning for.
             TypeError: an unknown argument, unless transformers passes it to all models.
         """
-        reject_unknown_arguments(unknown)
+        reject_unknown_arguments(unknown, position_ids)
         reject_attentions(output_attentions, self.config)
         context = self.transformer.prepare(
             input_ids,

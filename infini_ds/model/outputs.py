@@ -1,8 +1,12 @@
 """What the models return: Hugging Face's outputs, and each layer's memory after the last segment.
 
-`memory` has each layer's state in the form of its memory rule: after the last segment or, with a cache, after the last
-full one. `hidden_states`, if requested: (B, T, E) of the embeddings and after each layer, the last one after the last
-norm; 0 at padding. `attentions` is always None.
+`memory` has each layer's state in the form of its memory rule. Without a cache it is the state after all tokens. With a
+cache, which a forward pass outside of training and without labels returns by default, it is the state after the last
+full segment: later tokens are in the cache, and are written when their segment is full. For the state after all tokens
+pass `use_cache=False`.
+
+`hidden_states`, if requested: (B, T, E) of the embeddings and after each layer, the last one after the last norm; 0 at
+padding. `attentions` is always None.
 
 The cache is the field `past_key_values`, or from transformers 5.24 on the field `cache`; the other name is a property.
 """

@@ -63,6 +63,19 @@ class SegmentGrid:
         rows = torch.arange(grid.shape[0], device=grid.device)[:, None]
         return grid[rows, self.slots]
 
+    def at_columns(self, columns: Tensor, computed: Tensor, slots: slice) -> Tensor:
+        """Return the values (B, n, …) of n input tokens, `columns`, 0 for padding and for tokens of other blocks.
+
+        Args:
+            computed: (B, slots of a block, …), those of `slots` of all N * S slots.
+        """
+        index = columns[None] if self.slots is None or self.incremental else self.slots[:, columns]
+        index = index - slots.start
+        outside = (index < 0) | (index >= computed.shape[1])
+        index = index.clamp(0, computed.shape[1] - 1).expand(len(computed), -1)
+        rows = torch.arange(len(computed), device=index.device)[:, None]
+        return computed[rows, index].masked_fill(outside[..., None], 0)
+
     def shift_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
         """Return the label of the next token for each computed position, (B, N * S) or, if incremental, (B, T).
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
-    """DeepSpeed's engine: ZeRO, AdamW over the parameter groups, the recipe's schedule, and checkpoints.
+    """DeepSpeed's engine: ZeRO, AdamW or Muon over the parameter groups, the recipe's schedule, and checkpoints.
 
     A step is one forward and backward pass for each micro-batch, then `step`. All methods but the forward pass and
     `learning_rates` are collective: every rank calls them in the same order.
@@ -46,8 +47,16 @@ class Engine:
         groups = parameter_groups(model, choice)
         betas = (choice.beta1, choice.beta2)
         settings: dict[str, Any] = {"lr": choice.learning_rate, "betas": betas, "eps": choice.eps}
-        offload = config["zero_optimization"].get("offload_optimizer") or {}
-        if offload.get("device", "none") != "none":
+        zero = config["zero_optimization"]
+        offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        if choice.kind == "muon":
+            if offloads or zero["stage"] != 2:
+                raise UserError(
+                    f"optimizer.kind=muon with deepspeed={recipe.deepspeed}: this project runs Muon with ZeRO stage 2 "
+                    "and without offload_optimizer; give another JSON file, or optimizer.kind=adamw"
+                )
+            optimizer: torch.optim.Optimizer = _muon(groups, choice.muon_momentum, settings)
+        elif offloads:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             optimizer = DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)
@@ -121,7 +130,10 @@ class Engine:
         return dict(zip(self._group_names, self._engine.get_lr(), strict=True))
 
     def gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient before clipping; infinity if it was non-finite."""
+        """Return the norm of the last step's gradient before clipping; infinity if it was non-finite.
+
+        With Muon, which DeepSpeed runs before it takes the norm, the matrices' steps are in place of their gradients.
+        """
         return float(self._engine.get_global_grad_norm())
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor:
@@ -135,11 +147,15 @@ class Engine:
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """Write weights, optimizer and schedule, and `client_state` with them, into `folder`."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+        with _momentum_in_shards(self._engine.optimizer):
+            self._engine.save_checkpoint(
+                str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
+            )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, by as many ranks as wrote it; returns the client state."""
         _, client_state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        _gather_momentum(self._engine.optimizer)
         self._apply_schedule()
         return client_state
 
@@ -158,6 +174,72 @@ class Engine:
         groups = self._engine.optimizer.param_groups
         for group, peak, factor_of_step in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = peak * factor_of_step(schedule.last_epoch)
+
+
+def _muon(groups: list[dict[str, Any]], momentum: float, adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return DeepSpeed's Muon for the group "muon", with AdamW of the settings `adam` for the other groups."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    if not torch.cuda.is_available():
+        # DeepSpeed compiles Muon with torch.compile, for which a machine needs a C++ compiler. A step on the CPU is as
+        # fast without it.
+        for name in ("muon_update", "zeropower_via_gram_newtonschulz", "zeropower_via_newtonschulz5"):
+            compiled = getattr(original_muon, name)
+            setattr(original_muon, name, getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        group["use_muon"] = group["name"] == "muon"
+        group.update({"momentum": momentum} if group["use_muon"] else {"betas": adam["betas"], "eps": adam["eps"]})
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, adam | {"fused": True})
+
+
+def _muon_groups(optimizer: Any) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Yield of each group that Muon trains: its number, this rank's shard of its weights, and the optimizer's state."""
+    for number, group in enumerate(optimizer.optimizer.param_groups):
+        if group.get("use_muon"):
+            (shard,) = group["params"]
+            yield number, shard, optimizer.optimizer.state[shard]
+
+
+@contextmanager
+def _momentum_in_shards(optimizer: Any) -> Iterator[None]:
+    """While the block runs, the state of Muon looks like that of Adam, which is sharded across the ranks.
+
+    Muon needs complete matrices, so a rank keeps the momentum of each matrix of which its shard holds a part. DeepSpeed
+    saves that as it is, and its universal format (0.19.8) has place for the two moments of Adam alone.
+    """
+    kept = {}
+    for number, shard, state in _muon_groups(optimizer):
+        kept[number] = dict(state)
+        part = torch.zeros_like(shard)
+        momentum = state.get("momentum_buffer", part[:0])
+        held = momentum[optimizer.first_offset[number] :][: part.numel()]
+        part[: held.numel()] = held
+        state.clear()
+        state.update({"exp_avg": part, "exp_avg_sq": part.new_zeros(1).expand_as(part)})
+    try:
+        yield
+    finally:
+        for number, _, state in _muon_groups(optimizer):
+            state.clear()
+            state.update(kept[number])
+
+
+def _gather_momentum(optimizer: Any) -> None:
+    """Undo what `_momentum_in_shards` did to a state that has been loaded. Collective."""
+    for number, shard, state in _muon_groups(optimizer):
+        part = state.get("exp_avg", torch.zeros_like(shard))  # a rank that holds padding alone may have loaded none
+        state.clear()
+        process_group = optimizer.real_dp_process_group[number]
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(process_group))]
+        dist.all_gather(parts, part.contiguous(), group=process_group)
+        elements = sum(parameter.numel() for parameter in optimizer.params_in_partition[number])
+        if elements:
+            start = dist.get_rank(process_group) * shard.numel() - optimizer.first_offset[number]
+            state["momentum_buffer"] = torch.cat(parts)[start : start + elements].clone()
 
 
 @contextmanager

@@ -84,6 +84,8 @@ class MetricsLogger(Hook):
             "speed/memory_gib": memory_in_use(trainer.device) / 2**30,
             **speed,
         }
+        if "muon" in step.learning_rates:
+            figures["train/muon_learning_rate"] = step.learning_rates["muon"]
         if self.writer:
             gates_now = gates(trainer.model)
             self._record(trainer, figures | memory_metrics(trainer.model, step.memory) | gate_metrics(gates_now))

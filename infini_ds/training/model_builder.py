@@ -29,9 +29,16 @@ def build_model(recipe: Recipe, config: InfiniGPTNeoConfig, schedule: BlockSched
 
 
 def _pretrained(folder: Path, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCausalLM:
-    """Return the model of model.start_from. A rule that the recipe changes starts with parameters of its own."""
+    """Return the model of model.start_from. A rule that the recipe changes starts with parameters of its own, and
+    a short convolution that it adds starts as the identity.
+    """
     name = f"model.start_from={folder}"
-    rule_changes = read_config(folder, name).get("memory_rule", config.memory_rule) != config.memory_rule
-    may_lack = r"\.memory_parameters\." if rule_changes else None
+    given = read_config(folder, name)
+    new = []
+    if given.get("memory_rule", config.memory_rule) != config.memory_rule:
+        new.append(r"\.memory_parameters\.")
+    if config.short_conv and not given.get("short_conv"):
+        new.append(r"\.short_conv\.")
+    may_lack = "|".join(new) or None
     model: InfiniGPTNeoForCausalLM = load_pretrained(InfiniGPTNeoForCausalLM, folder, name, config, may_lack)
     return model

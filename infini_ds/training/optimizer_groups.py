@@ -1,6 +1,8 @@
-"""AdamW's parameter groups: which parameters decay, and which have a learning rate of their own."""
+"""The optimizer's parameter groups: what Muon trains, what decays, and what has a learning rate of its own."""
 
 from typing import Any
+
+from torch import nn
 
 from infini_ds.config.recipe import OptimizerSection
 from infini_ds.model import InfiniGPTNeoForCausalLM
@@ -8,21 +10,29 @@ from infini_ds.model.memory_rule import get_memory_rule
 
 
 def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection) -> list[dict[str, Any]]:
-    """Return the groups "decay", "no_decay" and "gates", in this order; a group may be empty.
+    """Return the groups "decay", "no_decay" and "gates", in this order, and with Muon "muon" before them.
 
-    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases and norms do not
-    decay. Gates do not decay either, and have their own learning rate. A memory rule names the group of its parameters.
+    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases, norms and short
+    convolutions do not decay. Gates do not decay either, and have their own learning rate. A memory rule names the
+    group of its parameters. Muon trains the matrices of the layers; embeddings are not matrices to it, since a step
+    changes few of their rows. A group may be empty, except that of Muon.
     """
     rate, gate_rate = optimizer.learning_rate, optimizer.gate_learning_rate
-    groups: dict[str, dict[str, Any]] = {
+    muon = {"params": [], "lr": optimizer.muon_learning_rate, "weight_decay": optimizer.weight_decay}
+    groups: dict[str, dict[str, Any]] = {"muon": muon} if optimizer.kind == "muon" else {}
+    groups |= {
         "decay": {"params": [], "lr": rate, "weight_decay": optimizer.weight_decay},
         "no_decay": {"params": [], "lr": rate, "weight_decay": 0.0},
         "gates": {"params": [], "lr": gate_rate, "weight_decay": 0.0},
     }
+    matrices = {id(module.weight) for module in model.transformer.h.modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters():
         if ".memory_parameters." in name:
             group: str = get_memory_rule(model.config.memory_rule).optimizer_group
         else:
-            group = "gates" if name.endswith(".beta") else "decay" if parameter.dim() >= 2 else "no_decay"
+            decays = parameter.dim() >= 2 and ".short_conv." not in name
+            group = "gates" if name.endswith(".beta") else "decay" if decays else "no_decay"
+            if "muon" in groups and id(parameter) in matrices:
+                group = "muon"
         groups[group]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items()]

@@ -132,7 +132,7 @@ class Stability(Hook):
             UserError: no such checkpoint exists, or the run was rolled back to it too often.
         """
         folder = self.recipe.folder
-        remedy = f"lower optimizer.learning_rate={self.recipe.optimizer.learning_rate}, in a run of another name="
+        remedy = f"lower {self.recipe.optimizer.rates_of_weights}, in a run of another name="
         target = checkpoints.newest_intact(folder, healthy=True)
         if target is None:
             raise UserError(f"{reason.what}, and no checkpoint from before exists to roll back to: {remedy}")

@@ -37,6 +37,7 @@ def test_preset_overrides_and_vocabulary():
     config = model_config(recipe(*SHAPE, "model.memory_rule=delta", "model.gate_init=-1"), Data)
     assert (config.hidden_size, config.segment_length, config.memory_rule, config.gate_init) == (32, 32, "delta", -1.0)
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id) == (512, 7, 7, 1)
+    assert [model_config(recipe(f"model.short_conv={width}"), None).short_conv for width in (0, 2, "null")] == [0, 2, 0]
     assert model_config(recipe("model.preset=125m"), None).vocab_size == 50257
 
 
@@ -44,6 +45,22 @@ def test_start_from_decides_the_shape(start):
     config = model_config(recipe(f"model.start_from={start}", "model.segment_length=128"), Data)
     assert (config.hidden_size, config.vocab_size, config.segment_length) == (32, 600, 128)
     assert model_config(recipe(f"model.start_from={start}"), None).segment_length == 64
+
+
+def test_start_from_decides_a_short_convolution_that_it_has(start):
+    assert model_config(recipe(f"model.start_from={start}", "model.short_conv=3"), None).short_conv == 3
+    config = json.loads((start / "config.json").read_text())
+    for width in (0, None):  # None: of a version that did not have it
+        (start / "config.json").write_text(json.dumps(config | {"short_conv": width}))
+        if width is None:
+            (start / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "short_conv"}))
+        assert model_config(recipe(f"model.start_from={start}", "model.short_conv=2"), None).short_conv == 2
+    (start / "config.json").write_text(json.dumps(config | {"short_conv": 2}))
+    for given in ((), ("model.short_conv=2",)):
+        assert model_config(recipe(f"model.start_from={start}", *given), None).short_conv == 2
+    for width in (0, 3):
+        with pytest.raises(UserError, match=rf"model.short_conv={width} is decided by the weights.*width 2: leave it"):
+            model_config(recipe(f"model.start_from={start}", f"model.short_conv={width}"), None)
 
 
 def test_block_schedule():
@@ -57,6 +74,7 @@ def test_block_schedule():
     [
         (["model.preset=tinny"], ["model.preset='tinny'", "study-9m"]),
         (["model.memory_rule=deltoid"], ["model.memory_rule=", "deltoid", "delta"]),
+        (["model.short_conv=1"], ["model.short_conv=1 is no width", "give 2"]),
         (["model.segment_length=1024"], ["model.segment_length=1024", "max_position_embeddings"]),
         (
             ["model.config.hiden_size=4"],

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import ROOT
 
 from infini_ds.config.keys import list_keys
 from infini_ds.config.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -18,9 +17,10 @@ DATA = {"batch.rows": 2, "data.seed": 0, "streams": [{"shards": "9214", "proport
 CHANGES = {
     "seed": 1, "precision": "bf16", "data.seed": 1, "batch.tokens": 512, "batch.rows": 4, "optimizer.learning_rate": 1,
     "optimizer.gate_learning_rate": 1, "optimizer.weight_decay": 1, "optimizer.beta1": 0, "optimizer.beta2": 0,
-    "optimizer.eps": 1, "optimizer.gradient_clipping": 0, "model.preset": "33m", "model.start_from": "x",
+    "optimizer.eps": 1, "optimizer.gradient_clipping": 0, "optimizer.kind": "muon", "optimizer.muon_momentum": 0,
+    "optimizer.muon_learning_rate": 1, "model.preset": "33m", "model.start_from": "x",
     "model.segment_length": 32, "model.memory_rule": "delta", "model.position_embedding": "rotary",
-    "model.gate_init": 1, "model.truncate_blocks": 1,
+    "model.gate_init": 1, "model.short_conv": 2, "model.truncate_blocks": 1,
 }  # fmt: skip
 OTHER = {
     "name": "x", "output": "x", "steps": 2000, "deepspeed": "auto", "resume": "false", "log_every": 1,
@@ -36,7 +36,7 @@ OTHER = {
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run that the version before this layout of recipes began, with launch/recipes/tiny-cpu.yaml."""
+    """A run that the version before this layout of recipes began."""
     folder = tmp_path / "tiny-cpu"
     folder.mkdir()
     shutil.copy(EARLIER, folder / RECIPE_FILE)
@@ -45,7 +45,7 @@ def run(tmp_path) -> Path:
 
 
 def same_recipe(run: Path, *overrides: str) -> Recipe:
-    return load_recipe(ROOT / "launch" / "recipes" / "tiny-cpu.yaml", [f"output={run.parent}", *overrides])
+    return load_recipe(EARLIER.with_name("recipe_of_version_0_1.yaml"), [f"output={run.parent}", *overrides])
 
 
 def test_an_earlier_run_resumes_with_its_recipe(run):
@@ -67,7 +67,8 @@ def test_each_key_has_been_decided():
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_that_changes_the_results_may_not_change(key, run):
-    overrides = {"batch.tokens": ["batch.rows=null"]}.get(key, [])
+    others = {"batch.tokens": ["batch.rows=null"], "optimizer.kind": ["optimizer.gradient_clipping=0"]}
+    overrides = others.get(key, [])
     with pytest.raises(UserError, match=rf"^{'batch.(tokens|rows)' if 'batch' in key else key}=.*was begun with "):
         check_same_run(same_recipe(run, *overrides, f"{key}={CHANGES[key]}"), DATA)
 

@@ -18,10 +18,10 @@ def in_steps(recipe: Recipe) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize(
     ("name", "steps", "expected"),
     [
-        ("tiny-cpu", 240, (30, 0, 80, 80)),
-        ("tiny-cpu", 12, (1, 0, 4, 4)),
+        ("tiny-cpu", 1800, (90, 0, 450, 450)),
+        ("tiny-cpu", 12, (0, 0, 3, 3)),
         ("tiny-cpu", 1, (0, 0, 1, 1)),
-        ("tiny-cpu", 500, (62, 0, 167, 167)),
+        ("tiny-cpu", 501, (25, 0, 126, 126)),
         ("tiny-gpu", 1000, (100, 0, 250, 500)),
         ("tiny-gpu", 12, (1, 0, 3, 6)),
         ("books-cpu", 300, (20, 0, 100, 100)),

@@ -43,9 +43,11 @@ with torch.no_grad():
     torch.testing.assert_close(base(ids).last_hidden_state[:, -1], state)
     last = model.lm_head(state)
     torch.save({"logits": model(ids).logits, "last": last, "text": text[0]["generated_text"]}, out)
-(example,) = re.findall("^```python$(.*?)^```$", Path(folder, "README.md").read_text(), re.MULTILINE | re.DOTALL)
+card = Path(folder, "README.md").read_text()
+examples = re.findall("^```python$(.*?)^```$", card, re.MULTILINE | re.DOTALL)
 names = {}
-exec(example, names)  # in the folder that holds the export
+exec("".join(examples), names)  # in the folder that holds the export
+assert len(examples) == 2 and names["answer"].shape[1] > 3
 prompt, output = names["prompt"], names["output"]
 assert prompt[0, 0] == 0 and (prompt == 0).sum() == 1 and output.shape[1] > prompt.shape[1]
 files = [getattr(module, "__file__", None) or "" for module in sys.modules.values() if module is not None]
@@ -156,6 +158,8 @@ def test_mistakes_are_one_sentence(runs, exported, gpt_neo, tmp_path):
         (["--from-gpt-neo", gpt_neo, "--segment-length", "99"], "segment_length=99 is more than"),
         ([runs / "one", "--from-gpt-neo", "x"], "either"),
         ([runs / "one", "--gates", "zero"], "--gates zero has an effect only with --from-gpt-neo"),
+        ([runs / "one", "--short-conv", "2"], "--short-conv 2 has an effect only with --from-gpt-neo"),
+        (["--from-gpt-neo", gpt_neo, "--segment-length", "32", "--short-conv", "1"], "short_conv=1 is no width"),
     ):
         done = call_script("launch/convert.py", *arguments, "--out", tmp_path / "out", code=2)
         assert words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -82,9 +82,7 @@ def test_every_example_of_a_card_runs_and_begins_with_one_start_token(exports, t
     """In a process that cannot import the project, in the folder that holds the export; and the README's example."""
     readme = tmp_path / "clone" / "runs" / "tiny-cpu" / "export"
     shutil.copytree(exports["adds_start"], readme)
-    examples = [
-        [str(folder.parent), block] for folder in exports.values() for block in python_blocks(folder / "README.md")
-    ]
+    examples = [[str(folder.parent), "".join(python_blocks(folder / "README.md"))] for folder in exports.values()]
     examples += [
         [str(tmp_path / "clone"), block] for block in python_blocks(ROOT / "README.md") if "AutoModel" in block
     ]
@@ -105,6 +103,22 @@ for folder, block in json.loads(sys.argv[1]):
         assert prompt == expected and output[: len(prompt)] == prompt and len(output) > len(prompt)
     assert "[y/N]" not in shown and "trust_remote_code" not in shown, "transformers asks no question"
     assert "warn" not in shown.lower(), shown
+
+
+def test_a_tokenizer_loads_without_a_question(exports, tmp_path):
+    """transformers 5 loads the model's configuration first, which is code of the folder: it asks unless it is told."""
+    program = """
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+for tokenizer in (
+    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True),
+    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False),
+    PreTrainedTokenizerFast.from_pretrained(sys.argv[1]),
+):
+    print("LOADED", tokenizer.encode("import a"), tokenizer.padding_side)
+"""
+    shown = run_alone(program, exports["adds_start"], cwd=tmp_path, cache=tmp_path / "cache")
+    assert shown.count("LOADED [0, 2, 3] left\n") == 3 and "[y/N]" not in shown, shown
 
 
 def test_tokenizers_of_exports_pad_on_the_left_without_a_limit_and_without_token_types(exports):

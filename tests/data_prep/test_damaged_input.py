@@ -291,9 +291,9 @@ def test_text_without_spaces_trains_a_tokenizer_in_time():
     drawn = random.Random(0)
     words = ["".join(drawn.choices(characters, k=drawn.choice([1, 2, 3]))) for _ in range(20_000)]
     text = "".join(drawn.choices(words, [1 / (i + 1) for i in range(20_000)], k=150_000))
-    started = time.monotonic()
+    started = time.process_time()  # of all threads, whatever else the machine does
     tokenizer = train_tokenizer([text], 4096, len(text.encode()))
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
     pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
     assert pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer["use_regex"]
     assert tokenizer.decode(tokenizer(text[:1000])["input_ids"]) == text[:1000]

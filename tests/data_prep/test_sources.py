@@ -22,6 +22,14 @@ def test_stdlib_is_sorted_deterministic_and_survives_broken_files():
     assert first == read("stdlib")
 
 
+def test_stdlib_modules_are_stdlib_without_tests_and_encodings():
+    folders = ("test", "tests", "idle_test", "encodings")
+    expected = [document for document in read("stdlib") if not set(document.name.split("/")[:-1]) & set(folders)]
+    assert read("stdlib-modules") == expected
+    names = {document.name for document in expected}
+    assert {"argparse.py", "asyncio/tasks.py", "pydoc topic if"} <= names and "encodings/cp1252.py" not in names
+
+
 def test_text_folder_in_order(folder):
     assert read_texts(f"text:{folder}") == TEXTS
 

@@ -24,6 +24,7 @@ TASKS = (
     "passkey,digits=6",
     "pairs,queries=4",
     "pairs,queries=6,first=value",
+    "pairs,queries=3,first=both",
     "variables,chains=3,hops=2",
     "question,order=first",
     "question,order=last",
@@ -69,6 +70,16 @@ def test_answers_follow_from_the_facts(spec):
         example = task.example(0, index, str.split)
         assert example.text.split() == example.tokens
         assert [" ".join(example.tokens[a.begin : a.end]) for a in example.answers] == solve(example.text)
+
+
+def test_each_example_has_one_of_both_orders():
+    task, orders = parse_task("pairs,pairs=6,first=both,distance=5"), []
+    for index in range(200):
+        facts = task.example(0, index, str.split).tokens[:12]
+        order = [word in KEYS for word in facts[:2]]
+        assert [word in KEYS for word in facts] == order * 6
+        orders.append(order[0])
+    assert 70 < sum(orders) < 130
 
 
 def test_a_question_stands_first_or_last():

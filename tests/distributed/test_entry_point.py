@@ -1,9 +1,12 @@
 """What a script prints of an error, on one rank and on two."""
 
+import time
 from pathlib import Path
 
 import pytest
 from harness import start_ranks
+
+from infini_ds.distributed.entry_point import seconds_for_rank_zero
 
 SCRIPT = """
 import os, sys
@@ -65,3 +68,11 @@ def test_two_ranks(script, monkeypatch):
     first, second = outputs["one fails"]
     assert SHAPES in second and "in main" in second
     assert first.startswith("error on rank 0: lost contact with rank 1 (") and first.count("\n") == 1, first
+
+
+def test_rank_zero_has_as_long_as_the_start_took():
+    """Where ranks take long to start, as on a busy machine, they also differ by more."""
+    now = time.time()
+    assert 17 <= seconds_for_rank_zero(now - 12) < 30
+    assert seconds_for_rank_zero(now - 3600) == 30  # an error after an hour
+    assert seconds_for_rank_zero(now + 3600) == 5  # the clock was set back

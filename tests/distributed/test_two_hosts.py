@@ -93,6 +93,8 @@ def test_one_launcher_reaches_two_hosts_by_ssh(hosts, shards, runs, tmp_path):
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if not sshd or not shutil.which("pdsh"):
         pytest.skip("needs sshd and pdsh")
+    if " " in f"{ROOT}{sys.executable}":
+        pytest.skip("DeepSpeed's command for pdsh does not quote paths, and this one has a space")
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     shutil.copy(f"{key}.pub", tmp_path / "authorized")

@@ -11,7 +11,8 @@ from infini_ds.data.streams import ValidationRows
 from infini_ds.evaluation.model_loading import load_evaluated_model
 from infini_ds.evaluation.result_cache import ResultCache
 from infini_ds.evaluation.task import EvaluationContext
-from infini_ds.evaluation.tasks.position import evaluate_position, find_partners
+from infini_ds.evaluation.tasks.position import evaluate_position
+from infini_ds.evaluation.validation_rows import choose_rows, find_partners
 from infini_ds.training.validation import position_losses
 from infini_ds.utils.errors import UserError
 
@@ -52,7 +53,7 @@ def test_losses_are_those_of_each_row_alone(tasks, runs, shards):
 def test_all_rows_are_what_training_validates_on(runs, shards, tmp_path):
     sources = find_sources(str(shards), [], "")
     model = load_evaluated_model(str(runs / "one"), CPU)
-    found = evaluate_position(model, sources, None, context(tmp_path, 2048))
+    found = evaluate_position(choose_rows(model, sources, None), context(tmp_path, 2048))
     expected = position_losses(model.model, ValidationRows(sources), None, 8)
     assert found.memory["on"].loss == pytest.approx(expected.mean, abs=1e-5)
     assert found.memory["on"].tokens == int(expected.count.sum())
@@ -64,13 +65,13 @@ def test_rows_of_another_tokenizer_are_refused(exported, shards, tmp_path):
     vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
     model.tokenizer.get_vocab = lambda: vocabulary
     with pytest.raises(UserError, match="another tokenizer"):
-        evaluate_position(model, find_sources(str(shards), [], ""), 1, context(tmp_path, 1))
+        evaluate_position(choose_rows(model, find_sources(str(shards), [], ""), 1), context(tmp_path, 1))
 
 
 def test_more_tokens_in_the_model_than_in_the_rows_are_no_mistake(exported, shards, tmp_path):
     model = load_evaluated_model(str(exported), CPU)
     model.tokenizer.add_tokens(["newword"])
-    assert evaluate_position(model, find_sources(str(shards), [], ""), 1, context(tmp_path, 1)).rows == 1
+    assert evaluate_position(choose_rows(model, find_sources(str(shards), [], ""), 1), context(tmp_path, 1)).rows == 1
 
 
 def test_partners_share_no_document(shards):

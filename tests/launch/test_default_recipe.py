@@ -48,14 +48,17 @@ def test_plan_and_doctor_with_nothing(empty):
     """Before the data are prepared; they have the shapes that they will have."""
     done = call_script("launch/plan.py")
     assert f"no --config: taking {ROOT}/launch/recipes/tiny-cpu.yaml" in done.stdout and "it fits." in done.stdout
-    assert "1,381,648" in done.stdout and "rows of 2,048 tokens" in done.stdout
+    assert "988,432" in done.stdout and "rows of 1,024 tokens" in done.stdout
     done = call_script("launch/doctor.py")
-    assert "data/stdlib is not prepared yet: the run prepares it first" in done.stdout and "problem" not in done.stdout
+    assert (
+        "data/stdlib-modules is not prepared yet: the run prepares it first" in done.stdout
+        and "problem" not in done.stdout
+    )
 
 
 def test_rank_zero_prepares_once_and_the_others_wait(empty, monkeypatch):
     recipe = load_recipe(ROOT / "launch/recipes/tiny-cpu.yaml")
-    manifest = empty / "data" / "stdlib" / MANIFEST_NAME
+    manifest = empty / "data" / "stdlib-modules" / MANIFEST_NAME
     commands = []
 
     def prepare(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
@@ -69,7 +72,7 @@ def test_rank_zero_prepares_once_and_the_others_wait(empty, monkeypatch):
     monkeypatch.setattr(subprocess, "run", prepare)
     monkeypatch.setattr(defaults, "SECONDS_BETWEEN_LOOKS", 0.01)
     with pytest.raises(
-        UserError, match=r"data/stdlib, which rank 0 prepares, has not appeared .* `python -m data_prep"
+        UserError, match=r"data/stdlib-modules, which rank 0 prepares, has not appeared .* `python -m data_prep"
     ):
         defaults.prepare_default_data(recipe.model_copy(update={"timeout_minutes": 0.001}), RANK_1)
     assert not commands
@@ -83,8 +86,8 @@ def test_rank_zero_prepares_once_and_the_others_wait(empty, monkeypatch):
 
 
 def test_a_failed_preparation_is_a_sentence(empty, monkeypatch):
-    monkeypatch.setattr(defaults, "PREPARE", ["-c", "import sys; sys.exit(3)"])
-    with pytest.raises(UserError, match="preparing data/stdlib ended with exit code 3"):
+    monkeypatch.setattr(defaults.DefaultData, "prepare", ["-c", "import sys; sys.exit(3)"])
+    with pytest.raises(UserError, match="preparing data/stdlib-modules ended with exit code 3"):
         defaults.prepare_default_data(load_recipe(ROOT / "launch/recipes/tiny-cpu.yaml"), RANK_0)
 
 
@@ -95,7 +98,7 @@ def test_two_ranks_train_the_default_recipe_from_nothing(empty):
         "import runpy\n"
         "from infini_ds.config import default_recipe as defaults\n"
         "small = '--source recall:passkey,documents=40 --validation-fraction 0.2 --sequence-length 256'.split()\n"
-        "defaults.PREPARE = ['-m', 'data_prep', *small, '--out', defaults.DATA]\n"
+        "defaults.DefaultData.prepare = ['-m', 'data_prep', *small, '--out', 'data/stdlib-modules']\n"
         f"runpy.run_path({str(ROOT / 'launch' / 'pretrain.py')!r}, run_name='__main__')\n"
     )
     shape = ["model.config.hidden_size=32", "steps=1", "validation.rows=1", "batch.micro_rows=1"]
@@ -106,6 +109,6 @@ def test_two_ranks_train_the_default_recipe_from_nothing(empty):
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], first + second
-    assert "tiny-cpu.yaml" in first and "data/stdlib is not prepared yet: preparing it" in first
+    assert "tiny-cpu.yaml" in first and "data/stdlib-modules is not prepared yet: preparing it" in first
     assert "step 1: checkpoint in runs/tiny-cpu/checkpoints/step-000001" in first
-    assert (empty / "data" / "stdlib" / MANIFEST_NAME).exists() and "preparing" not in second
+    assert (empty / "data" / "stdlib-modules" / MANIFEST_NAME).exists() and "preparing" not in second

@@ -71,6 +71,17 @@ def test_the_configuration_switches_use_cache():
     assert model.eval()(ids).past_key_values is None
 
 
+def test_memory_of_the_output_is_that_of_full_segments_with_a_cache_and_of_all_tokens_without_one():
+    """The open segment is not written before it is full: more tokens may join it, and a token would cost a write."""
+    model, ids = tiny_model(use_cache=True), random_ids(2, 2 * S + 3)
+    for switch, tokens in ({}, 2 * S), ({"use_cache": True}, 2 * S), ({"use_cache": False}, 2 * S + 3):
+        with torch.no_grad():
+            M, z = reference_forward(model, ids[:, :tokens])[1:]
+            memory = model(ids, **switch).memory
+        assert_close(torch.stack([state.M for state in memory]), M, **exact)
+        assert_close(torch.stack([state.z for state in memory]), z, **exact)
+
+
 # ---- hidden states, attentions
 
 
@@ -247,6 +258,22 @@ def test_positions_that_restart_are_documents():
     changed = model(other, position_ids=positions).logits
     assert_close(changed[:, 5:], logits[:, 5:], **exact)
     assert not torch.allclose(changed[:, :5], logits[:, :5])
+
+
+def test_what_collators_pass_beside_positions_is_ignored():
+    """As TRL's packing and transformers' DataCollatorWithFlattening pass it for other kinds of attention."""
+    lengths = (5, 2 * S + 1, 7)
+    ids, borders = random_ids(1, sum(lengths)), torch.tensor([0, *lengths]).cumsum(0).int()
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packing = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "seq_idx": documents.int()}
+    packing |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    for model in models():
+        want = model(ids, position_ids=positions)[0]
+        assert_close(model(ids, position_ids=positions, **packing)[0], want, **exact)
+        for name, value in packing.items():
+            with pytest.raises(TypeError, match=f"{name} is ignored by this model, which learns from position_ids"):
+                model(ids, **{name: value})
 
 
 @pytest.mark.parametrize("positions", [[5, 6, 7, 8], [0, 2, 4, 6], [3, 2, 1, 0], [0, 1, 1, 2], [1, 2, 0, 1]])

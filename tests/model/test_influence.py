@@ -88,9 +88,8 @@ def test_memory_of_equals_each_segment_after_the_other_rows_cache(lengths, rule,
             if cache is not None:  # close the segment in which the other row has ended
                 for state, closed in zip(cache.layer_caches, model(before).memory, strict=True):
                     state.memory = closed
-                cache.open_documents.fill_(-1)
-                cache.memory_document.fill_(0)
-                cache.min_free_slots = S
+                cache.memory_document = torch.zeros(1, dtype=torch.long)
+                cache.open_documents = torch.full((1, S), -1)
             expected.append(model(one[:, start : start + S], past_key_values=cache).logits)
         ids = torch.zeros(2, max(lengths), dtype=torch.long)
         ids[0, :T], ids[1, :U] = one, other

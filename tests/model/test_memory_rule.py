@@ -8,7 +8,7 @@ from gated_decay import GatedDecay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import REFERENCE_RULES, TINY, gradients, random_ids, reference_forward, tiny_model
-from strategies import batches, texts_in_pieces
+from strategies import batches, logits_in_pieces, texts_in_pieces
 from torch.testing import assert_close
 
 from infini_ds.config.recipe import OptimizerSection
@@ -78,17 +78,12 @@ def test_documents_stay_apart_under_a_new_rule():
 @many
 def test_a_new_rule_continues_from_a_cache(text):
     """A text in pieces equals the text at once: a segment that stays open does not decay the memory."""
-    model, ids, mask, documents, pieces = text
-    cache, logits = None, []
+    model, ids, mask, documents, _ = text
     with torch.no_grad():
         complete = model(ids, mask, documents).logits
-        for piece in pieces:
-            some = None if documents is None else documents[:, piece]
-            out = model(ids[:, piece], mask[:, piece], some, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits)
+        logits, _ = logits_in_pieces(*text)
     valid = mask.bool()
-    assert_close(torch.cat(logits, dim=1)[valid], complete[valid], **exact)
+    assert_close(logits[valid], complete[valid], **exact)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)

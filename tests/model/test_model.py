@@ -59,8 +59,8 @@ def test_the_base_model_returns_the_hidden_states_of_the_logits():
 
 @pytest.mark.timeout(600)
 def test_compiled_layers_give_the_same():
-    """Real compilation: with blocks, recomputation and packed documents."""
-    fields = {"segment_length": 4, "segments_per_block": 2, "attention_types": [[["global"], 2]]}
+    """Real compilation: with blocks, recomputation, packed documents and a short convolution."""
+    fields = {"segment_length": 4, "segments_per_block": 2, "attention_types": [[["global"], 2]], "short_conv": 2}
     model, compiled = tiny_model(**fields).train(), tiny_model(**fields).train()
     compiled.compile_layers()
     ids = random_ids(2, 16)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, TINY, call_script, environment
+from harness import ROOT, TINY, call_script, environment, free_port
 
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.recipe import load_recipe, load_run_recipe
@@ -182,13 +182,12 @@ def test_bad_versions_are_named():
 def test_ranks_that_find_each_other_and_ranks_that_are_missing(tmp_path):
     done = call_script("launch/doctor.py", "--only-ranks", "--ranks", "2")
     assert done.stdout.startswith("ok      ranks         2 ranks on ") and "by gloo" in done.stdout, done.stdout
-    port = str(25_000 + os.getpid() % 20_000)
-    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "launch/doctor.py", "--only-ranks", "--seconds", "3"]
     alone = [
         subprocess.Popen(
             command,
-            env=environment(**places | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(int(port) + int(rank))}),
+            env=environment(**places, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=free_port()),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -196,7 +195,7 @@ def test_ranks_that_find_each_other_and_ranks_that_are_missing(tmp_path):
         )
         for rank in ("0", "1")
     ]
-    first, second = (process.communicate(timeout=60)[0] for process in alone)
+    first, second = (process.communicate(timeout=240)[0] for process in alone)
     assert [process.returncode for process in alone] == [1, 1]
     assert "problem ranks         rank 1 of 2 did not reach 127.0.0.1" in first and "Traceback" not in first
     assert "cannot be reached from" in second and "Traceback" not in second

@@ -17,6 +17,14 @@ def test_operations_of_a_small_model_counted_by_hand():
     assert training_flops_per_token(config) == 6 * (matrices + attention + memory)
 
 
+def test_a_short_convolution_is_counted():
+    plain, convolved = (
+        training_flops_per_token(preset_config("tiny", hidden_size=8, num_layers=2, num_heads=2, short_conv=width))
+        for width in (0, 3)
+    )
+    assert convolved - plain == 6 * (2 * 2 * 3 * 8)  # two layers, keys and values, three taps, eight channels
+
+
 def test_a_window_is_counted_instead_of_the_segment():
     wide, narrow = (
         training_flops_per_token(preset_config("tiny", segment_length=512, window_size=window)) for window in (256, 128)

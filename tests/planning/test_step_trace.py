@@ -32,6 +32,7 @@ DEEP = {
     "bf16, delta rule": {"precision": "bf16", "memory_rule": "delta"},
     "rotary, gated decay": {"position_embedding": "rotary", "memory_rule": "gated_decay"},
     "dropout": {"resid_dropout": 0.1, "embed_dropout": 0.1, "attention_dropout": 0.1},
+    "short convolution": {"short_conv": 2},
     "layers of one kind": {"attention_types": [[["global"], 6]]},
     "layers in threes": {"num_layers": 9, "attention_types": [[["local", "local", "global"], 3]]},
 }
@@ -70,6 +71,7 @@ BLOCKS = {
     "last block full": {"tokens": 32 * 10, "packed": False},
     "delta rule": {"tokens": 32 * 9 + 5, "memory_rule": "delta", "rows": 3},
     "activations kept": {"tokens": 32 * 13 + 5, "checkpointing": False},
+    "activations kept, short convolution": {"tokens": 32 * 13 + 5, "checkpointing": False, "short_conv": 3},
     "activations kept, gated decay": {"tokens": 32 * 13 + 5, "checkpointing": False, "memory_rule": "gated_decay"},
 }
 

@@ -7,7 +7,7 @@ from data_prep.__main__ import parse
 from infini_ds.config.keys import list_keys
 from infini_ds.config.recipe import load_recipe
 from infini_ds.study.commands import Scripts, StudyCommands
-from infini_ds.study.grid import expand, flatten
+from infini_ds.study.grid import expand, flatten, other_axes
 from infini_ds.study.study_config import Study, load_study
 from infini_ds.utils.errors import UserError
 
@@ -57,6 +57,16 @@ def test_fine_tuning_starts_from_a_plain_run_with_its_seed():
 def test_a_combination_of_two_products_is_one_run():
     override = "arms.finetune.grid=[{data.seed: [4, 5], seed: [0]}, {seed: [0], data.seed: [4]}]"
     assert sum(run.arm == "finetune" for run in expand(load_study(SMALL, [override]))) == 2
+
+
+def test_the_width_of_the_short_convolution_is_an_axis():
+    """Of runs from scratch, and of fine-tuning, which adds it."""
+    grid = "[{model.segment_length: [32], model.short_conv: [0, 2], seed: [0]}]"
+    study = load_study(SMALL, [f"arms.pretrain.grid={grid}", f"arms.finetune.grid={grid}"])
+    runs = [run for run in expand(study) if run.arm in ("pretrain", "finetune")]
+    assert [run.recipe.model.short_conv for run in runs] == [0, 2, 0, 2] and other_axes(study) == ["model.short_conv"]
+    assert [run.name.split("-")[-2] for run in runs] == ["short_conv0", "short_conv2"] * 2
+    assert all(run.start is None or run.start.recipe.model.short_conv is None for run in runs)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,10 @@ def check_outputs(group: SequenceGroup) -> None:
         weighted[-1] |= {f"state {i}": x.detach() for i, x in enumerate(output.hidden_states)}
     found = differences(weighted[1], averaged(weighted[0]))
     assert max(found.values()) < 1e-10, found
+    for kept in (1, torch.tensor([0, -3])):  # so few that each rank keeps the hidden states of these tokens alone
+        assert_close(
+            model(**inputs, logits_to_keep=kept).logits, reference(**inputs, logits_to_keep=kept).logits, **exact
+        )
     hidden = model.transformer(**inputs).last_hidden_state
     assert_close(hidden, reference.transformer(**inputs).last_hidden_state, **exact)
 

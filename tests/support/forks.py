@@ -32,6 +32,11 @@ class Fork:
     def poll(self) -> int | None:
         return self._process.exitcode
 
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return Path(self._output.name).read_text()
+
     def kill(self) -> None:
         self._process.kill()
 

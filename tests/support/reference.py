@@ -106,6 +106,8 @@ def _attention(
     normed = [_layer_norm(token, w["ln_1.weight"], w["ln_1.bias"], config.layer_norm_epsilon) for token in x]
     for name in ("q", "k", "v"):
         projected = [w[f"attn.attention.{name}_proj.weight"] @ token for token in normed]
+        if config.short_conv and name != "q":
+            projected = _short_convolution(w[f"attn.attention.short_conv.{name}"], projected, documents)
         heads[name] = [[token[h * D : (h + 1) * D] for token in projected] for h in range(H)]
 
     out = []  # of each head, of each token
@@ -140,6 +142,15 @@ def _attention(
 
     joined = [torch.cat([out[h][i] for h in range(H)]) for i in range(len(x))]
     return [w["attn.attention.out_proj.weight"] @ token + w["attn.attention.out_proj.bias"] for token in joined]
+
+
+def _short_convolution(weight: Tensor, x: list[Tensor], documents: list[int]) -> list[Tensor]:
+    """Return for each token of a segment the sum of weight[j] * x[t - j] over tokens of its document."""
+    result = []
+    for t in range(len(x)):
+        taps = [j for j in range(len(weight)) if t - j >= 0 and documents[t - j] == documents[t]]
+        result.append(sum(weight[j] * x[t - j] for j in taps))
+    return result
 
 
 PARAMETERS = "attn.attention.memory_parameters."

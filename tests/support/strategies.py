@@ -31,6 +31,7 @@ def batches(draw, max_segments: int = 4, rules: tuple[str, ...] = RULES):
         position_embedding=draw(st.sampled_from(["segment", "rotary"])),
         memory_rule=draw(st.sampled_from(rules)),
         window_size=draw(st.integers(1, 7)),
+        short_conv=draw(st.sampled_from([0, 2, 3])),
         num_layers=len(kinds),
         attention_types=[[kinds, 1]],
     )
@@ -56,5 +57,17 @@ def texts_in_pieces(draw, rules: tuple[str, ...] = RULES):
         position_embedding=draw(st.sampled_from(["segment", "rotary"])),
         memory_rule=draw(st.sampled_from(rules)),
         window_size=draw(st.integers(1, 7)),
+        short_conv=draw(st.sampled_from([0, 2, 3])),
     )
     return model, random_ids(B, T, seed), mask, documents, pieces
+
+
+def logits_in_pieces(model, ids, mask, documents, pieces):
+    """Return the logits (B, T, V) of a text that is read piece by piece into a cache, and the cache."""
+    cache, logits = None, []
+    for piece in pieces:
+        some = None if documents is None else documents[:, piece]
+        out = model(ids[:, piece], mask[:, piece], some, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1), cache

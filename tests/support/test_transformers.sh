@@ -8,7 +8,7 @@ shift
 site_packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 for version in $versions; do
     if [ "$version" = newest ]; then
-        version=$(.venv/bin/pip --disable-pip-version-check index versions transformers 2>/dev/null |
+        version=$(.venv/bin/python -m pip --disable-pip-version-check index versions transformers 2>/dev/null |
             sed -n 's/^Available versions: //p' | tr -d ' ' | tr , '\n' | grep -m 1 -E '^5\.[0-9]+\.[0-9]+$') ||
             { echo "error: the package index names no transformers 5" >&2; exit 1; }
     fi
@@ -20,7 +20,7 @@ for version in $versions; do
         own=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         echo "$site_packages" > "$own/zz_base.pth"  # after the environment's own packages on the path
         # pip's remarks on what other packages of .venv require are expected: these versions are not the locked ones.
-        "$folder/bin/pip" install --quiet --disable-pip-version-check "transformers==$version" 2> "$folder/pip.log" ||
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "transformers==$version" 2> "$folder/pip.log" ||
             { cat "$folder/pip.log" >&2; exit 1; }
         touch "$folder/.installed"
     fi

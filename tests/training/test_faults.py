@@ -8,8 +8,10 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from harness import SHAPE, run_ranks, start_ranks
@@ -20,6 +22,7 @@ from infini_ds.metrics.metric_writers import read_metrics
 
 RANKS = 2
 LIMIT = 180.0  # seconds for a start
+STILL = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 
 
 def losses(run: Path) -> list[float]:
@@ -46,6 +49,24 @@ def wait_until(processes, condition) -> None:
         time.sleep(0.001)
 
 
+def freeze(processes, condition) -> bool:
+    """Return whether `condition` holds, and stop all processes of the job, data workers included, if it does."""
+    if not condition():
+        return False
+    groups = [process.pid for process in processes]
+    for group in groups:
+        os.killpg(group, signal.SIGSTOP)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            while os.getpgid(process.pid) in groups and process.status() not in STILL:
+                time.sleep(0.001)
+    if condition():
+        return True
+    for group in groups:
+        os.killpg(group, signal.SIGCONT)
+    return False
+
+
 def recorded(run: Path, since: int) -> int:
     """Return the number of recorded steps, once a job started at `since` (ns) has removed those that it repeats."""
     file = run / "metrics.jsonl"
@@ -60,6 +81,10 @@ def half_written(run: Path, since: int) -> dict[Path, int]:
             if folder.stat().st_mtime_ns > since:
                 found[folder] = len(os.listdir(folder))
     return found
+
+
+def has_half_written(run: Path, since: int, files: int) -> bool:
+    return any(has >= files for has in half_written(run, since).values())
 
 
 @pytest.mark.timeout(3600)
@@ -85,8 +110,9 @@ def test_killed_at_any_instant_equals_never_stopped(shards, tmp_path, request):
                 wait_until(processes, lambda n=target, t=since: recorded(run, t) >= n)
                 time.sleep(draw.uniform(0, 0.05))
             else:
-                files = draw.randrange(6)
-                wait_until(processes, lambda n=files, t=since: any(has >= n for has in half_written(run, t).values()))
+                # Frozen, since on a busy machine the job may complete the checkpoint before it is killed.
+                is_saving = partial(has_half_written, run, since, draw.randrange(6))
+                wait_until(processes, partial(freeze, processes, is_saving))
         finally:
             output = kill(processes)
         half = [f"{folder.name} with {has} files" for folder, has in half_written(run, since).items()]

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups."""
+"""The optimizer's parameter groups."""
 
 from reference import tiny_model
 
@@ -21,6 +21,14 @@ def test_every_parameter_is_in_one_group():
     assert settings == {"decay": (1e-3, 0.1), "no_decay": (1e-3, 0.0), "gates": (1e-2, 0.0)}
 
 
+def test_a_short_convolution_has_no_weight_decay():
+    model = tiny_model(short_conv=2)
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, OptimizerSection(weight_decay=0.1))}
+    own = [parameter for name, parameter in model.named_parameters() if ".short_conv." in name]
+    assert len(own) == 2 * model.config.num_layers and all(parameter.dim() == 2 for parameter in own)
+    assert all(any(parameter is other for other in groups["no_decay"]) for parameter in own)
+
+
 def test_a_memory_rule_names_the_group_of_its_parameters():
     import gated_decay  # noqa: F401, registers a rule whose parameters belong to the gates
 
@@ -29,3 +37,23 @@ def test_a_memory_rule_names_the_group_of_its_parameters():
     own = [parameter for name, parameter in model.named_parameters() if ".memory_parameters." in name]
     assert len(own) == model.config.num_layers
     assert all(any(parameter is gate for gate in groups["gates"]) for parameter in own)
+
+
+def test_muon_trains_the_matrices_of_the_layers_and_nothing_else():
+    import gated_decay  # noqa: F401
+
+    model = tiny_model(memory_rule="gated_decay")
+    choice = OptimizerSection(kind="muon", muon_learning_rate=0.03, weight_decay=0.2)
+    groups = {group["name"]: group for group in parameter_groups(model, choice)}
+    assert list(groups) == ["muon", "decay", "no_decay", "gates"]
+    layer = (
+        "attn.attention.k_proj attn.attention.v_proj attn.attention.q_proj attn.attention.out_proj mlp.c_fc mlp.c_proj"
+    )
+    expected = {f"transformer.h.{i}.{name}.weight" for i in range(model.config.num_layers) for name in layer.split()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in groups["muon"]["params"]} == expected
+    assert (groups["muon"]["lr"], groups["muon"]["weight_decay"]) == (0.03, 0.2)
+    assert {names[id(p)] for p in groups["decay"]["params"]} == {"transformer.wte.weight", "transformer.wpe.weight"}
+    plain = {group["name"]: group["params"] for group in parameter_groups(model, OptimizerSection())}
+    for kind in ("no_decay", "gates"):
+        assert [names[id(p)] for p in groups[kind]["params"]] == [names[id(p)] for p in plain[kind]]

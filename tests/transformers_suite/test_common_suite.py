@@ -27,6 +27,7 @@ FIELDS = {
     "window_size": 3,
     "max_position_embeddings": 64,
     "segment_length": 4,
+    "short_conv": 2,
     "bos_token_id": 98,
     "eos_token_id": 98,
     "pad_token_id": 98,

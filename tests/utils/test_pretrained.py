@@ -246,3 +246,41 @@ def test_an_external_model_with_incomplete_weights_is_refused(gpt_neo, tmp_path)
 
 def test_another_memory_rule_may_start_from_weights_without_its_parameters(infini):
     assert start_from(infini, "model.memory_rule=delta").config.memory_rule == "delta"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_short_convolution_that_a_recipe_adds_starts_as_the_identity(prefix, infini, tmp_path):
+    """The model stays what its weights make it, whichever way they are read."""
+    folder = edit_weights(infini, tmp_path / "start", lambda tensors: {prefix + n: x for n, x in tensors.items()})
+    before, after = start_from(folder).eval(), start_from(folder, "model.short_conv=3").eval()
+    conv = after.transformer.h[1].attention.short_conv
+    assert torch.equal(conv.k, torch.eye(3)[0][:, None].expand(3, 16)) and torch.equal(conv.v, conv.k)
+    ids = torch.randint(2, 32, (2, 29), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(after(ids).logits, before(ids).logits)
+
+
+def test_weights_without_their_short_convolution_are_incomplete(tmp_path):
+    config = InfiniGPTNeoConfig(**SHAPE, segment_length=8, short_conv=2)
+    InfiniGPTNeoForCausalLM(config).save_pretrained(tmp_path / "complete")
+    name = "transformer.h.1.attn.attention.short_conv.k"
+    folder = edit_weights(
+        tmp_path / "complete", tmp_path / "part", lambda tensors: tensors.pop(name) is None or tensors
+    )
+    for overrides in ((), ("model.short_conv=2",)):
+        with pytest.raises(UserError, match=rf"the weights are incomplete \(missing: {name}\)"):
+            start_from(folder, *overrides)
+
+
+def test_gpt_neo_is_converted_with_a_short_convolution_that_changes_nothing(gpt_neo, tmp_path):
+    for name, width in (("with", 2), ("without", 0)):
+        from_gpt_neo(str(gpt_neo), tmp_path / name, 8, "closed", short_conv=width)
+    models = [load_model(locate(tmp_path / name)) for name in ("with", "without")]
+    assert [model.config.short_conv for model in models] == [2, 0]
+    ids = torch.randint(2, 32, (2, 29), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(*(model(ids).logits for model in models))
+        theirs = GPTNeoForCausalLM.from_pretrained(gpt_neo).eval()(ids[:, :8]).logits
+        assert torch.allclose(models[0](ids[:, :8]).logits, theirs, atol=1e-5)
+    trained = start_from(tmp_path / "with")
+    assert trained.config.short_conv == 2

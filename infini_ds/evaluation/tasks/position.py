@@ -4,27 +4,19 @@ If the memory of another document lowers the loss as much, the memory carries st
 """
 
 import argparse
-import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Group
 from torch import Tensor
 
-from infini_ds.config.training_data import find_sources
-from infini_ds.data.batches import collate
-from infini_ds.data.sources import DataSource, StreamSpec, open_sources
-from infini_ds.data.streams import ValidationRows
 from infini_ds.distributed import collectives
-from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
+from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.plots import memory_style, plt, save_figure
-from infini_ds.evaluation.scoring import memory_settings, token_losses
 from infini_ds.evaluation.tables import MAX_LINES, MEMORY_LABELS, new_table
 from infini_ds.evaluation.task import (
     DataFacts,
@@ -36,15 +28,9 @@ from infini_ds.evaluation.task import (
     integer,
     register_task,
 )
-from infini_ds.model.loss import IGNORE_INDEX
-from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
+from infini_ds.evaluation.validation_rows import ChosenRows, Gain, choose_rows, find_data
 from infini_ds.training.validation import PositionLosses
-from infini_ds.utils.errors import UserError
-from infini_ds.utils.hashing import sha256_of_json
-from infini_ds.utils.progress import ProgressBar
 
-SHARD_CACHE = "data/cache"  # folder for the shards of remote data
-DEFAULT_SEGMENT = 128  # tokens in a segment, for models that have none
 MAX_POINTS = 256  # of the loss by position
 MAX_MARKERS = 128  # points of a curve that has markers
 
@@ -83,14 +69,6 @@ class Losses:
     by_position: BinnedLosses
     within_segment: PlaceLosses
     by_row: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """The loss in another setting minus that with the memory on: mean over rows and standard error over rows."""
-
-    mean: float
-    standard_error: float | None  # None for a single row
 
 
 @dataclass(frozen=True)
@@ -135,9 +113,8 @@ class Position(EvaluationTask[PositionResult]):
         )
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> PositionResult:
-        return evaluate_position(
-            model, find_data(model, context.arguments.data), context.arguments.rows or None, context
-        )
+        given = context.arguments
+        return evaluate_position(choose_rows(model, find_data(model, given.data), given.rows or None), context)
 
     def headline(self, result: PositionResult) -> Headline:
         return Headline("loss", result.memory["on"].loss)
@@ -178,137 +155,32 @@ class Position(EvaluationTask[PositionResult]):
         save_figure(figure, folder / "position.png")
 
 
-def find_data(model: EvaluatedModel, path: str | None) -> list[DataSource]:
-    """Return the data in `path`, or those that the model's run was trained on.
-
-    Raises:
-        UserError: `path` is None and the model is not part of a run, or the data cannot be read.
-    """
-    if path is not None:
-        return open_sources([StreamSpec("--data", path)], SHARD_CACHE, "the cache")
-    if model.run is None:
-        raise UserError(f"{model.path} is not a run, so its data are unknown: name a folder of data_prep with --data")
-    return sources_of_run(model.run)
-
-
-def sources_of_run(run: Path) -> list[DataSource]:
-    """Return the data that a run was trained on.
-
-    Raises:
-        UserError: the folder is not a run, or its data are gone.
-    """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a run: it has no recipe.yaml")
-    data = OmegaConf.load(run / "recipe.yaml").data
-    return find_sources(data.path, data.streams, data.cache)
-
-
-def evaluate_position(
-    model: EvaluatedModel, sources: list[DataSource], limit: int | None, context: EvaluationContext
-) -> PositionResult:
-    """Evaluate `limit` validation rows (None: all), evenly spaced over the split.
-
-    Raises:
-        UserError: the rows were tokenized with another tokenizer than the model's.
-    """
-    check_tokenizer(model, sources)
-    with one_start_at_a_time(collectives.is_local_rank_zero()):
-        rows = ValidationRows(sources)
-    number = min(limit or len(rows), len(rows))
-    chosen = [i * len(rows) // number for i in range(number)]
-    partners = find_partners(chosen, rows.documents(sources[0].manifest.tokenizer.start_id))
-    S = model.model.config.segment_length if has_memory(model.model) else DEFAULT_SEGMENT
-    data = DataFacts(", ".join(str(source.folder) for source in sources), sha256_of_shards(sources))
-    options = {"data": data.sha256, "rows": chosen, "segment_length": S}
+def evaluate_position(rows: ChosenRows, context: EvaluationContext) -> PositionResult:
+    """Evaluate rows in each setting of the memory."""
     memory = {}
-    for setting in memory_settings(model.model):
-        if setting == "other" and partners is None:
-            continue
-        compute = partial(compute_losses, model, rows, chosen, partners, setting, S, context.batch_tokens)
-        memory[setting] = context.cache.get_or_compute(f"position/{setting}", options, Losses, compute)
+    for setting in rows.settings():
+        compute = partial(compute_losses, rows, setting, context.batch_tokens)
+        memory[setting] = context.cache.get_or_compute(f"position/{setting}", rows.cache_key(), Losses, compute)
     return PositionResult(
-        data=data,
-        rows=number,
-        sequence_length=len(rows[0]["input_ids"]),
-        segment_length=S,
+        data=rows.data,
+        rows=len(rows.chosen),
+        sequence_length=rows.sequence_length,
+        segment_length=rows.segment_length,
         memory=memory,
         gained={setting: gain(memory["on"], losses) for setting, losses in memory.items() if setting != "on"},
     )
 
 
-def check_tokenizer(model: EvaluatedModel, sources: list[DataSource]) -> None:
-    """Raise a UserError if the rows were tokenized with another vocabulary than the model's."""
-    folder = sources[0].folder
-    of_rows = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
-    of_model = model.tokenizer.get_vocab()
-    if any(of_model.get(token) != number for token, number in of_rows.items()):
-        raise UserError(
-            f"{folder} was prepared with another tokenizer than that of {model.path}: prepare the text again, with "
-            f"python -m data_prep --tokenizer {model.path} and --out another folder, and name that with --data"
-        )
-
-
-def sha256_of_shards(sources: Sequence[DataSource]) -> str:
-    """Return the SHA-256 of the hashes of all validation shards."""
-    return sha256_of_json(
-        [
-            [[shard["samples"], shard["raw_data"]["hashes"]] for shard in source.shards("validation")]
-            for source in sources
-        ]
-    )
-
-
-def find_partners(chosen: list[int], documents: list[tuple[int, int]]) -> list[int] | None:
-    """Return for each row one that shares no document with it, or None if a row has no such partner.
-
-    The search starts half of the split away, so that partners of neighboring rows differ.
-
-    Args:
-        documents: the first and the last document of every row of the split.
-    """
-    partners = []
-    n = len(documents)
-    for row in chosen:
-        first, last = documents[row]
-        candidates = ((row + n // 2 + i) % n for i in range(n))
-        partner = next((i for i in candidates if documents[i][1] < first or documents[i][0] > last), None)
-        if partner is None:
-            return None
-        partners.append(partner)
-    return partners
-
-
-def compute_losses(
-    model: EvaluatedModel,
-    rows: ValidationRows,
-    chosen: list[int],
-    partners: list[int] | None,
-    memory: str,
-    segment_length: int,
-    batch_tokens: int,
-) -> Losses:
+def compute_losses(rows: ChosenRows, memory: str, batch_tokens: int) -> Losses:
     """Compute the losses in one setting of the memory, with the rows split across ranks."""
-    T = len(rows[0]["input_ids"])
-    size = max(1, batch_tokens // T)
-    batches = collectives.split_across_ranks(
-        [list(range(first, min(first + size, len(chosen)))) for first in range(0, len(chosen), size)]
-    )
-    total, by_row = torch.zeros(2, T - 1, dtype=torch.float64), []
-    with ProgressBar(f"position, memory {memory}", len(batches), shown=collectives.is_rank_zero()) as progress:
-        for indices in batches:
-            batch = collate([rows[chosen[i]] for i in indices])
-            other = None
-            if memory == "other":
-                assert partners is not None
-                other = collate([rows[partners[i]] for i in indices])
-            losses = token_losses(model.model, batch, memory, other).double().cpu()
-            count = (batch.labels[:, 1:] != IGNORE_INDEX).double()
-            total += torch.stack([losses.sum(0), count.sum(0)])
-            by_row.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
-            progress.advance({"loss": f"{total[0].sum() / total[1].sum():.4f}"})
+    total, by_row = torch.zeros(2, rows.sequence_length - 1, dtype=torch.float64), []
+    for _, losses, predicted in rows.losses("position", memory, batch_tokens):
+        count = predicted.double()
+        total += torch.stack([losses.sum(0), count.sum(0)])
+        by_row.append((losses.sum(1) / count.sum(1).clamp_min(1)).tolist())
     summed = PositionLosses(*collectives.all_reduce_sum(total))
     means = [mean for of_batch in collectives.gather_items(by_row) for mean in of_batch]
-    return summarize(summed, means, segment_length)
+    return summarize(summed, means, rows.segment_length)
 
 
 def summarize(losses: PositionLosses, by_row: list[float], segment_length: int) -> Losses:

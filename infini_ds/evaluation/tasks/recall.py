@@ -6,45 +6,30 @@ between the last fact and the first question. An answer is correct if greedy dec
 
 import argparse
 import hashlib
-import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
-from rich.table import Table
-
 from data_prep.synthetic.examples import IntRange
 from data_prep.synthetic.specs import parse_task
-from data_prep.synthetic.tasks import Passkey, RecallTask
+from data_prep.synthetic.tasks import KeyValueTask, Pairs, Passkey, RecallTask
+from data_prep.synthetic.words import KEYS
 from infini_ds.data.batches import pad_documents
 from infini_ds.distributed import collectives
-from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
-from infini_ds.evaluation.plots import Axes, memory_style, plt, save_figure
-from infini_ds.evaluation.scoring import batches_by_length, greedy_answers, memory_settings
-from infini_ds.evaluation.tables import MEMORY_LABELS, new_table
-from infini_ds.evaluation.task import (
-    DataFacts,
-    EvaluationContext,
-    EvaluationTask,
-    Headline,
-    TaskResult,
-    TidyRow,
-    integer,
-    register_task,
-)
-from infini_ds.utils.progress import ProgressBar
+from infini_ds.evaluation.accuracy import DEPTHS, AccuracyResult, AccuracyTask, Point, Scores, score_points
+from infini_ds.evaluation.model_loading import EvaluatedModel
+from infini_ds.evaluation.plots import plt, save_figure
+from infini_ds.evaluation.scoring import batches_by_length, greedy_answers, memory_settings, segment_length
+from infini_ds.evaluation.task import EvaluationContext, integer, register_task
+from infini_ds.utils.errors import UserError
 
 DEFAULT_TASKS = ("passkey", "pairs,queries=4", "variables", "question,order=first", "question,order=last")
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the passkey: the fraction of the filler before it
-DEFAULT_SEGMENT = 128  # tokens in a segment, for models that have none
-TITLE_WIDTH = 48  # characters in a line of a panel's title
 
 
 @dataclass(frozen=True)
-class Point:
+class RecallPoint:
     """One length and depth of a recall task: a fraction `depth` of the `segments` of filler is before the facts."""
 
     name: str
@@ -53,75 +38,11 @@ class Point:
     depth: float
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Accuracies at one point. tokens: of the longest example. data: SHA-256 of the examples' text."""
-
-    tokens: int
-    answers: int
-    accuracy: dict[str, float]  # by setting of the memory
-    data: str
-
-
-@dataclass(frozen=True)
-class ScoredPoint:
-    """As `Point` and `Scores`."""
-
-    segments: int
-    depth: float
-    tokens: int
-    answers: int
-    accuracy: dict[str, float]
-    data: str
-
-
-@dataclass(frozen=True)
-class ScoredTask:
-    """chance: the accuracy of guessing among the possible answers."""
-
-    chance: float
-    points: tuple[ScoredPoint, ...]
-
-    @property
-    def has_depths(self) -> bool:
-        return len({point.depth for point in self.points}) > 1
-
-    def by_segments(self) -> dict[int, list[ScoredPoint]]:
-        """Return the points of each number of segments: one for each depth."""
-        grouped: dict[int, list[ScoredPoint]] = {}
-        for point in self.points:
-            grouped.setdefault(point.segments, []).append(point)
-        return grouped
-
-
-@dataclass(frozen=True)
-class RecallResult(TaskResult):
-    """tasks: by name. examples: at each point."""
-
-    tasks: dict[str, ScoredTask]
-    examples: int
-    segment_length: int
-    data: DataFacts
-
-    def tidy_rows(self) -> list[TidyRow]:
-        rows = [TidyRow("on", "mean_accuracy", mean_accuracy(self))]
-        for name, task in self.tasks.items():
-            for point in task.points:
-                metric = f"accuracy/{name}/{point.segments}_segments/depth_{point.depth:g}"
-                rows += [TidyRow(setting, metric, value) for setting, value in point.accuracy.items()]
-        return rows
-
-
-def mean_accuracy(result: RecallResult) -> float:
-    """Return the accuracy with the memory on, as the mean over tasks of the mean over their points."""
-    return fmean(fmean(point.accuracy["on"] for point in task.points) for task in result.tasks.values())
-
-
 @register_task
-class Recall(EvaluationTask[RecallResult]):
+class Recall(AccuracyTask):
     name = "recall"
     help = "accuracy by segments between fact and question, with the memory on, off, and that of another document"
-    result_type = RecallResult
+    lengths = "segments between"
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
         add = parser.add_argument
@@ -140,80 +61,79 @@ class Recall(EvaluationTask[RecallResult]):
             help="of each task, length and depth (default: %(default)s)",
         )
 
-    def run(self, model: EvaluatedModel, context: EvaluationContext) -> RecallResult:
+        add(
+            "--pairs",
+            type=integer("--pairs", 1),
+            nargs="+",
+            default=[],
+            metavar="N",
+            help="evaluate each pairs task of --recall with these numbers of pairs, such as 4 8 16 32 64",
+        )
+
+    def run(self, model: EvaluatedModel, context: EvaluationContext) -> AccuracyResult:
         given = context.arguments
-        return evaluate_recall(model, given.recall, sorted(set(given.segments)), given.examples, context)
+        names = with_numbers_of_pairs(given.recall, given.pairs)
+        return evaluate_recall(model, names, sorted(set(given.segments)), given.examples, context)
 
-    def headline(self, result: RecallResult) -> Headline:
-        return Headline("mean_accuracy", mean_accuracy(result))
+    def plot(self, result: AccuracyResult, folder: Path) -> None:
+        super().plot(result, folder)
+        plot_by_pairs(result, folder / "recall_by_pairs.png")
 
-    def table(self, result: RecallResult) -> Table:
-        settings = list(next(iter(result.tasks.values())).points[0].accuracy)
-        labels = [MEMORY_LABELS[setting] for setting in settings]
-        table = new_table(
-            f"recall: {result.examples} examples a line, segments of {result.segment_length} tokens",
-            *("task", "segments between", "answers", *labels, "chance"),
+
+def with_numbers_of_pairs(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    """Return the recall tasks with each pairs task once for each number of pairs, or as they are without numbers.
+
+    Raises:
+        UserError: no task is a pairs task, or a number is larger than that of all keys.
+    """
+    expanded = []
+    for name in names:
+        task = parse_task(name)
+        if not isinstance(task, Pairs):
+            expanded.append(name)
+            continue
+        for number in sorted(set(numbers)):
+            if number > len(KEYS):
+                raise UserError(f"--pairs {number}: there are {len(KEYS)} keys; give at most so many pairs")
+            kept = [option for option in name.split(",") if not option.startswith(("pairs=", "keys="))]
+            keys = [f"keys={max(task.keys, number)}"] if max(task.keys, number) != KeyValueTask.keys else []
+            expanded.append(",".join([*kept, f"pairs={number}", *keys]))
+        if not numbers:
+            expanded.append(name)
+    if numbers and not any(isinstance(parse_task(name), Pairs) for name in names):
+        raise UserError(
+            f"--pairs {numbers[0]}: no task of --recall has pairs; add pairs, as in --recall pairs,queries=4"
         )
-        for name, task in result.tasks.items():
-            table.add_section()
-            for segments, points in task.by_segments().items():
-                depths = f" in total, {len(points)} depths" if len(points) > 1 else ""
-                answers = sum(point.answers for point in points)
-                means = [fmean(point.accuracy[setting] for point in points) for setting in settings]
-                shown = [f"{mean:.3f}" for mean in means]
-                table.add_row(name, f"{segments}{depths}", str(answers), *shown, f"{task.chance:.3g}")
-                name = ""  # on the first line of each task only
-        return table
-
-    def plot(self, result: RecallResult, folder: Path) -> None:
-        """Plot the accuracy by segments between fact and question, or by length and depth, one panel a task."""
-        columns = min(3, len(result.tasks))
-        rows = -(-len(result.tasks) // columns)
-        figure, panels = plt.subplots(
-            rows, columns, figsize=(4.2 * columns, 3.4 * rows + 0.6), squeeze=False, layout="constrained"
-        )
-        for axes, (name, task) in zip(panels.flat, result.tasks.items(), strict=False):
-            axes.set_title(textwrap.fill(name.replace(",", ", "), TITLE_WIDTH), fontsize=10)
-            (plot_depths if task.has_depths else plot_lengths)(axes, task)
-        for axes in panels.flat[len(result.tasks) :]:
-            axes.set_visible(False)
-        with_curves = next((axes for axes in panels.flat if axes.get_legend_handles_labels()[0]), None)
-        if with_curves is not None:
-            figure.legend(*with_curves.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        save_figure(figure, folder / "recall.png")
+    return list(dict.fromkeys(expanded))
 
 
-def plot_lengths(axes: Axes, task: ScoredTask) -> None:
-    """Plot the accuracy over the number of segments, one curve for each setting of the memory."""
-    lengths = [point.segments for point in task.points]
-    for setting in task.points[0].accuracy:
-        values = [point.accuracy[setting] for point in task.points]
-        axes.plot(range(len(lengths)), values, marker="o", markersize=4, **memory_style(setting))
-    axes.axhline(task.chance, color="0.5", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    axes.set(ylim=(-0.03, 1.03), xlabel="segments between fact and question", ylabel="accuracy")
-
-
-def plot_depths(axes: Axes, task: ScoredTask) -> None:
-    """Plot the accuracy with the memory on as a grid of lengths and depths."""
-    lengths = sorted({point.segments for point in task.points})
-    depths = sorted({point.depth for point in task.points})
-    accuracy = {(point.depth, point.segments): point.accuracy["on"] for point in task.points}
-    grid = [[accuracy.get((depth, length), math.nan) for length in lengths] for depth in depths]
-    axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for y, line in enumerate(grid):
-        for x, value in enumerate(line):
-            if not math.isnan(value):
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "0.2")
-    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.grid(visible=False)
-    axes.set(xlabel="segments of filler in total", ylabel="filler before the fact")
+def plot_by_pairs(result: AccuracyResult, file: Path) -> None:
+    """Plot the accuracy with the memory on by number of pairs, a curve for each length, if numbers differ."""
+    accuracy: dict[int, dict[int, float]] = {}
+    for name, task in result.tasks.items():
+        parsed = parse_task(name)
+        if isinstance(parsed, Pairs) and parsed.pairs.low == parsed.pairs.high:
+            for point in task.points:
+                accuracy.setdefault(point.segments, {})[parsed.pairs.low] = point.accuracy["on"]
+    numbers = sorted({number for of_length in accuracy.values() for number in of_length})
+    if len(numbers) < 2:
+        return
+    figure, axes = plt.subplots(layout="constrained")
+    colors = plt.get_cmap("viridis")
+    for index, (segments, of_length) in enumerate(sorted(accuracy.items())):
+        places = [numbers.index(number) for number in sorted(of_length)]
+        values = [of_length[number] for number in sorted(of_length)]
+        color = colors(0.85 * index / max(1, len(accuracy) - 1))
+        axes.plot(places, values, marker="o", markersize=4, color=color, label=f"{segments} segments between")
+    axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
+    axes.set(ylim=(-0.03, 1.03), xlabel="pairs in the text", ylabel="accuracy, memory on", title="Recall by pairs")
+    axes.legend()
+    save_figure(figure, file)
 
 
 def evaluate_recall(
     model: EvaluatedModel, names: Sequence[str], segments: Sequence[int], examples: int, context: EvaluationContext
-) -> RecallResult:
+) -> AccuracyResult:
     """Evaluate each task at each length.
 
     Args:
@@ -223,38 +143,31 @@ def evaluate_recall(
     Raises:
         UserError: a task is unknown, or the tokenizer splits every word of the filler.
     """
-    S = model.model.config.segment_length if has_memory(model.model) else DEFAULT_SEGMENT
-    points = [point for name in names for point in points_of(name, segments, S)]
-    tasks: dict[str, ScoredTask] = {}
-    with ProgressBar("recall", len(points), shown=collectives.is_rank_zero()) as progress:
-        for point in points:
-            options = {"task": repr(point.task), "segment_length": S, "examples": examples, "seed": context.seed}
-            compute = partial(compute_scores, model, point.task, examples, context.seed, context.batch_tokens)
-            scores = context.cache.get_or_compute(f"recall/{point.name}", options, Scores, compute)
-            scored = ScoredPoint(point.segments, point.depth, **vars(scores))
-            earlier = tasks.get(point.name, ScoredTask(point.task.chance, ()))
-            tasks[point.name] = replace(earlier, points=(*earlier.points, scored))
-            progress.advance({point.name: f"{scores.accuracy['on']:.3f}"})
-    hashes = "".join(point.data for task in tasks.values() for point in task.points)
-    data = DataFacts("generated by data_prep.synthetic", hashlib.sha256(hashes.encode()).hexdigest())
-    return RecallResult(tasks, examples, S, data)
+    S, seed = segment_length(model.model), context.seed
+    points = []
+    for point in (point for name in names for point in points_of(name, segments, S)):
+        options = {"task": repr(point.task), "segment_length": S, "examples": examples, "seed": seed}
+        compute = partial(compute_scores, model, point.task, examples, seed, context.batch_tokens)
+        points.append(Point(point.name, point.segments, point.depth, point.task.chance, options, compute))
+    return score_points("recall", points, context, examples, S, "generated by data_prep.synthetic")
 
 
-def points_of(name: str, segments: Sequence[int], segment_length: int) -> Iterator[Point]:
+def points_of(name: str, segments: Sequence[int], segment_length: int) -> Iterator[RecallPoint]:
     """Yield the points of a recall task: one for each length, and for the passkey one for each length and depth."""
     task = parse_task(name)
     for number in segments:
-        for depth in DEPTHS if isinstance(task, Passkey) and number else DEPTHS[:1]:
+        for depth in DEPTHS if isinstance(task, Passkey) and number else (0.0,):
             before = round(depth * number * segment_length)
             after = number * segment_length - before
             placed = replace(task, distance=IntRange(after, after))
-            yield Point(name, replace(placed, before=IntRange(before, before)) if before else placed, number, depth)
+            yield RecallPoint(
+                name, replace(placed, before=IntRange(before, before)) if before else placed, number, depth
+            )
 
 
 def compute_scores(model: EvaluatedModel, task: RecallTask, examples: int, seed: int, batch_tokens: int) -> Scores:
     """Compute the accuracy over all answers of some examples, in each setting of the memory."""
-    tokenizer = model.tokenizer
-    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    tokenizer, start = model.tokenizer, model.start_ids
     tokenize = cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
     drawn = [task.example(seed, index, tokenize) for index in range(examples)]
     rows = [start + example.tokens for example in drawn]

@@ -1,0 +1,180 @@
+"""bAbI (Weston et al. 2015, arXiv:1502.05698): stories of facts and questions, to be hidden in books.
+
+As BABILong does it (Kuratov et al. 2024, arXiv:2406.10149): the facts of a story stand in order among the sentences of
+a book, the question at the end, and the answer is one word. The files are those of the published text form:
+
+    1 Mary moved to the bathroom.
+    2 John went to the hallway.
+    3 Where is Mary? <tab>bathroom<tab>1
+"""
+
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.documents import Document
+from data_prep.synthetic.examples import IntRange
+from data_prep.synthetic.haystack import Haystack, words
+from data_prep.synthetic.in_text import InText
+from data_prep.synthetic.specs import parse_options
+from data_prep.synthetic.tasks import check_choice
+from infini_ds.utils.errors import UserError
+
+FILE = re.compile(r"(?:^|/)qa(\d+)(?:_[^/]*)?\.txt$")
+SPLITS = {"train": ("train",), "evaluation": ("valid", "test")}  # words in the paths of their files
+ONE_TO_FIVE = IntRange(1, 5)
+LINE = re.compile(r"(\d+) (.*)")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with all facts of its story before it. answer: one word."""
+
+    facts: tuple[str, ...]
+    question: str
+    answer: str
+
+
+Story = list[Question]  # the questions of a story in order: the facts of each one begin with those of the one before
+
+
+def read_babi(path: str | Path, split: str) -> dict[int, list[Story]]:
+    """Return the stories of each task in a folder or a tar archive of bAbI's files.
+
+    Args:
+        split: "train" or "evaluation". Of files of several splits, told by "train", "valid" or "test" in their paths,
+            only those of this one are read.
+    Raises:
+        UserError: no such files, several of a task, or a line of one is not in bAbI's form.
+    """
+    named = [(name, text) for name, text in _read_files(Path(path))]
+    wanted = SPLITS[split]
+    known = {word for words_of in SPLITS.values() for word in words_of}
+    labels = {name: {word for word in known if word in name} for name, _ in named}
+    if any(labels.values()):
+        chosen = next((word for word in wanted if any(word in label for label in labels.values())), None)
+        named = [(name, text) for name, text in named if chosen in labels[name]]
+    stories: dict[int, list[Story]] = {}
+    files: dict[int, str] = {}
+    for name, text in named:
+        match = FILE.search(name)
+        assert match is not None  # of a name that _read_files found
+        task = int(match[1])
+        if task in files:
+            raise UserError(f"{path}: task {task} is in {files[task]} and in {name}; name a folder that holds it once")
+        files[task], stories[task] = name, list(_parse(f"{path}: {name}", text))
+    if not stories:
+        raise UserError(
+            f"{path}: no files qa1.txt, qa2.txt, … of the {split} split of bAbI are in it; name its folder or archive"
+        )
+    return stories
+
+
+def _read_files(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and text of each file of bAbI in a folder or an archive, sorted by name."""
+    if path.is_dir():
+        found = {file.relative_to(path).as_posix(): file for file in path.rglob("qa*.txt")}
+        for name in sorted(found):
+            if FILE.search(name):
+                yield name, found[name].read_text(encoding="utf-8")
+        return
+    try:
+        with tarfile.open(path) as archive:
+            members = {member.name: member for member in archive if member.isfile() and FILE.search(member.name)}
+            for name in sorted(members):
+                content = archive.extractfile(members[name])
+                assert content is not None  # it is a file
+                yield name, content.read().decode()
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path}: no folder and no tar archive of bAbI ({error}); name one") from error
+
+
+def _parse(name: str, text: str) -> Iterator[Story]:
+    """Yield the stories of a file. A line with number 1 begins one."""
+    story: Story = []
+    facts: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise UserError(f"{name} line {number} is not in the form of bAbI, `1 Mary moved to the bathroom.`")
+        if match[1] == "1":
+            if story:
+                yield story
+            story, facts = [], []
+        content, *rest = match[2].split("\t")
+        if rest:
+            story.append(Question(tuple(facts), content.strip(), rest[0].strip()))
+        else:
+            facts.append(content.strip())
+    if story:
+        yield story
+
+
+def most_frequent_answers(stories: list[Story]) -> dict[str, str]:
+    """Return the most frequent answer of each question, by its text; of equally frequent ones the first by name."""
+    counts: dict[str, Counter[str]] = {}
+    for story in stories:
+        for question in story:
+            counts.setdefault(question.question, Counter())[question.answer] += 1
+    return {text: min(answers, key=lambda answer: (-answers[answer], answer)) for text, answers in counts.items()}
+
+
+@dataclass(frozen=True)
+class BabiInText(InText):
+    """What `--source babi:FOLDER,books=SOURCE,option=value,...` writes.
+
+    Attributes:
+        tasks: numbers of bAbI's tasks, which take turns.
+        questions: "last" asks one question of a story at the end, "all" asks each one where the story has it.
+    """
+
+    name: ClassVar[str] = "babi"
+
+    tasks: IntRange = ONE_TO_FIVE
+    questions: str = "last"
+
+    def check(self) -> None:
+        super().check()
+        check_choice("questions", self.questions, "last", "all")
+
+    def check_tasks(self, stories: dict[int, list[Story]]) -> None:
+        """Raise a UserError if a task is not among those that were read."""
+        for number in range(self.tasks.low, self.tasks.high + 1):
+            if number not in stories:
+                known = ", ".join(map(str, sorted(stories)))
+                raise UserError(f"tasks={self.tasks}: there is no file of task {number}, but of {known}")
+
+    def write(self, stories: dict[int, list[Story]], haystack: Haystack) -> Iterator[Document]:
+        """Yield the documents. Each depends on the seed and its number alone."""
+        numbers = range(self.tasks.low, self.tasks.high + 1)
+        for index in range(self.documents):
+            rng = random.Random(f"babi {self.seed} {index}")
+            task = numbers[index % len(numbers)]
+            story = rng.choice(stories[task])
+            items: list[list[str]] = []
+            answers: list[int] = []
+            done = 0
+            for question in story if self.questions == "all" else [rng.choice(story)]:
+                facts = question.facts[done:]
+                done += len(facts)
+                items += [words(f" {fact}") for fact in facts]
+                items.append([*words(f" {question.question}"), f" {question.answer}"])
+                answers += [*[0] * len(facts), 1]
+            yield self.document(f"babi task {task} example {index}", rng, items, answers, haystack)
+
+
+def parse_babi(argument: str) -> tuple[str, BabiInText]:
+    """Return the folder and the options of "FOLDER,option=value,...".
+
+    Raises:
+        UserError: an option is unknown, or its value is not possible.
+    """
+    folder, *given = argument.split(",")
+    options = BabiInText(**parse_options(argument, given, BabiInText))
+    options.check()
+    return folder, options
