@@ -8,14 +8,13 @@ rounds, and ratios to the first contender of the same round. Contenders:
     gpt-neo      transformers' GPT-Neo (eager attention, the only one that it has)
     infini-transformer-pytorch   the PyPI package, memories not detached: pip install 'infini_ds[benchmark]'
 
---generation measures the time per token after prompts of these lengths; --profile shows in which operators a training
-step spends its time; --ranks 1 2 4 measures steps of so many processes that share one row (infini:G or infini:all), and
-counts the bytes that they send.
+--generation measures the time per token of transformers' generate(), greedy and with a cache, after prompts of these
+lengths; --prompts of them at once. --profile shows in which operators a training step spends its time. --ranks 1 2 4
+measures steps of so many processes that share one row (infini:G or infini:all), and counts the bytes that they send.
 """
 
 import argparse
 import json
-import platform
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from infini_ds.benchmarks.contenders import BASELINES, ModelShape, check_contender, is_infini
+from infini_ds.benchmarks.contenders import BASELINES, GENERATING, ModelShape, check_contender, is_infini
+from infini_ds.benchmarks.gpu.machine import cpu_name
 from infini_ds.benchmarks.measure import BenchmarkPlan, run_benchmark
 from infini_ds.benchmarks.plot import plot_speed_and_memory
 from infini_ds.benchmarks.ranks import RankCase, medians, plot_ranks, rank_table, run_ranks
@@ -37,7 +37,7 @@ from infini_ds.utils.paths import user_path
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens in a row")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row")
     parser.add_argument("--contenders", nargs="+", help="default: infini:all, infini:1, infini:auto and the others")
     parser.add_argument("--segment-length", type=int, default=128)
     parser.add_argument("--rule", default="linear", help="memory rule, such as linear or delta (default: linear)")
@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--steps", type=int, default=3, help="steps in a measurement, which takes their median")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=1, help="with --generation: prompts of a batch (default: 1)")
     parser.add_argument("--compile", action="store_true", help="compile this model's layers")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--generation", action="store_true", help="measure generation instead of training")
@@ -55,17 +56,31 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=user_path, default=Path("runs/benchmark"), help="folder for measurements and plot"
     )
     args = parser.parse_args()
+    args.lengths = args.lengths or ([128, 1000, 3000] if args.generation else [1024, 4096, 16384])
     if args.contenders is None:
-        args.contenders = ["infini:8"] if args.ranks else ["infini:all", "infini:1", "infini:auto", *BASELINES]
-    for name in ("lengths", "segment_length", "width", "layers", "heads", "vocabulary", "steps", "rounds", "ranks"):
+        of_training = ["infini:8"] if args.ranks else ["infini:all", "infini:1", "infini:auto", *BASELINES]
+        args.contenders = list(GENERATING) if args.generation else of_training
+    numbers = (
+        "lengths",
+        "segment_length",
+        "width",
+        "layers",
+        "heads",
+        "vocabulary",
+        "steps",
+        "rounds",
+        "prompts",
+        "ranks",
+    )
+    for name in numbers:
         if getattr(args, name) is None:
             continue
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for contender in args.contenders:
         check_contender(contender)
-        if args.generation and not is_infini(contender):
-            raise UserError(f"--contenders {contender}: --generation measures infini:G only")
+        if args.generation and not is_infini(contender) and contender not in GENERATING:
+            raise UserError(f"--contenders {contender}: --generation measures infini:G and gpt-neo only")
     if args.ranks and not (len(args.contenders) == 1 and re.fullmatch(r"infini:(all|\d+)", args.contenders[0])):
         raise UserError(f"--contenders {' '.join(args.contenders)}: --ranks measures one of infini:G and infini:all")
     return args
@@ -96,7 +111,9 @@ def main() -> None:
         measure_ranks(args, shape)
         return
     kind = "generation" if args.generation else "profile" if args.profile else "training"
-    plan = BenchmarkPlan(kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds)
+    plan = BenchmarkPlan(
+        kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds, args.prompts
+    )
     console, measurements = Console(width=None if sys.stdout.isatty() else 120), []
     args.out.mkdir(parents=True, exist_ok=True)
     with console.status("") as status, (args.out / f"{kind}.jsonl").open("w", buffering=1) as file:
@@ -109,6 +126,7 @@ def main() -> None:
         for measurement in measurements:
             console.print(profile_table(measurement))
     elif args.generation:
+        console.print(f"{plan.prompts} {'prompt' if plan.prompts == 1 else 'prompts'} at once; a token is one of each.")
         console.print(generation_table(summarize(measurements, "seconds_per_token")))
     else:
         cases = summarize(measurements, "tokens_per_s")
@@ -146,8 +164,7 @@ def machine() -> str:
     """Return the name of the GPU, or of the CPU and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return cpu_name()
 
 
 if __name__ == "__main__":

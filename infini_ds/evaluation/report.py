@@ -33,9 +33,9 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 120
 class RunReport:
     """What was measured on a run's newest checkpoint, which is exported to `model`.
 
-    step, tokens: of training. ranks: that wrote the checkpoint. rows: validation rows that were evaluated. on, off: losses with the memory on and off, in
-    nats a token. tokens_per_second, mfu: of training, medians. metrics: all that the run recorded. data: the manifest
-    of each of its streams.
+    step, tokens: of training. ranks: that wrote the checkpoint. rows: validation rows that were evaluated. on, off:
+    losses with the memory on and off, in nats a token. tokens_per_second, mfu: of training, medians. metrics: all that
+    the run recorded. data: the manifest of each of its streams.
     """
 
     run: Path

@@ -104,13 +104,16 @@ def published_flops(device_name: str) -> float | None:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Return how many FLOP/s matrix products reach at most: the published rate of a GPU in bf16, otherwise measured,
-    which takes about a second.
-    """
+    """Return how many FLOP/s matrix products reach at most: the published rate of a GPU in bf16, otherwise measured."""
     if device.type == "cuda" and precision == "bf16":
         published = published_flops(torch.cuda.get_device_name(device))
         if published is not None:
             return published
+    return measured_flops(device, precision)
+
+
+def measured_flops(device: torch.device, precision: str) -> float:
+    """Measure the FLOP/s of a large matrix product, which takes about a second."""
     # A CPU without bf16 instructions is so slow in bf16 that the product has to be small.
     n = 8192 if device.type == "cuda" else 1536 if precision == "fp32" else 256
     a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)

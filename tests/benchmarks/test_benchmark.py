@@ -28,14 +28,18 @@ def test_training_is_measured_side_by_side(tmp_path):
     assert (tmp_path / "training.png").stat().st_size > 10_000
 
 
-def test_generation_is_measured():
-    plan = BenchmarkPlan("generation", ("infini:4",), (100,), ModelShape(8, 1, 2, 20, 16), steps=1, rounds=1)
-    (measurement,) = run_benchmark(plan)
-    assert measurement.result.seconds_per_token > 0 and measurement.result.reading_tokens_per_s > 0
-    # Memory and open segment of one layer in fp32, and the documents of 16 slots and of the memory.
-    assert measurement.result.cache_bytes == 4 * (2 * (4 * 4 + 4) + 2 * 2 * 16 * 4) + 8 * (16 + 1)
-    (case,) = summarize([measurement], "seconds_per_token")
-    assert (case.tokens, case.contender, case.ratio) == (100, "infini:4", 1)
+def test_generation_is_measured_side_by_side(tmp_path):
+    options = ["--generation", "--prompts", "2", "--lengths", "100", "--rounds", "1", "--out", tmp_path]
+    table = call_script("launch/benchmark.py", *SMALL, *options).stdout
+    lines = [json.loads(line) for line in (tmp_path / "generation.jsonl").read_text().splitlines()]
+    assert [line["contender"] for line in lines] == ["infini:all", "gpt-neo"]
+    assert all(line["seconds_per_token"] > 0 and line["reading_tokens_per_s"] > 0 for line in lines)
+    assert all(line["cpu_seconds_per_token"] > 0 for line in lines)
+    # Each row's memory and open segment of one layer in fp32, and the documents of 16 slots and of the memory.
+    assert lines[0]["cache_bytes"] == 2 * (4 * (2 * (4 * 4 + 4) + 2 * 2 * 16 * 4) + 8 * (16 + 1))
+    # Keys and values of all tokens but the last, which is not read.
+    assert lines[1]["cache_bytes"] == 2 * 4 * 2 * 8 * (100 + 127)
+    assert "2 prompts" in table and "gpt-neo" in table and "ms/token" in table
 
 
 def test_a_profile_shows_where_the_time_goes(tmp_path):
@@ -80,7 +84,11 @@ def test_a_failing_worker_keeps_its_stack():
         (["--contenders", "infini:0"], ["--contenders infini:0"]),
         (["--lengths", "0"], ["--lengths", "at least 1"]),
         (["--heads", "3"], ["--width 256", "--heads 3"]),
-        (["--generation"], ["--contenders gpt-neo", "--generation"]),
+        (
+            ["--generation", "--contenders", "infini-transformer-pytorch"],
+            ["infini-transformer-pytorch", "gpt-neo only"],
+        ),
+        (["--generation", "--prompts", "0"], ["--prompts 0", "at least 1"]),
         (["--preset", "33k"], ["33k", "33m"]),
         (["--rule", "quadratic"], ["quadratic", "linear", "delta"]),
     ],

@@ -96,7 +96,7 @@ def test_results_of_an_earlier_version_are_read(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(WRITTEN))
     evaluation = read_evaluation(tmp_path)
     assert evaluation.model.parameters == 1_400_000
-    found = {name: evaluation.result(name) for name in TASKS}
+    found = {name: evaluation.result(name) for name in TASKS if name in WRITTEN["tasks"]}
     assert {name: TASKS[name].headline(result) for name, result in found.items()} == {
         "position": ("loss", 6.25),
         "recall": ("mean_accuracy", 0.5),

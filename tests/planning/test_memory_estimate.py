@@ -10,11 +10,10 @@ from dataclasses import replace
 import gated_decay  # noqa: F401  registers its memory rule
 import pytest
 import torch
-from allocations import peak_bytes
 from harness import ROOT, environment, join_ranks, pretrain
 from reference import split_schedule
-from torch.profiler import ProfilerActivity, profile
 
+from infini_ds.benchmarks.allocator_peak import AllocatorPeak
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.recipe import load_recipe
@@ -53,8 +52,7 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
     batch["labels"] = batch["input_ids"].clone()
     if work.packed:
         batch["document_ids"] = (torch.arange(work.tokens) > work.tokens // 2 + 3).long().repeat(work.rows, 1)
-    gc.collect()  # nothing of an earlier test may be freed during the measurement
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with AllocatorPeak(torch.device("cpu")) as memory:
         model = InfiniGPTNeoForCausalLM(work.config).train()
         model.block_schedule = work.schedule
         if work.checkpointing:
@@ -66,8 +64,8 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
             engine.backward(loss)
             if micro_batch % work.accumulation == 0:
                 engine.step()
-    engine._engine.destroy()
-    return peak_bytes(profiled)
+    engine.destroy()
+    return memory.peak
 
 
 def tiny(**fields):

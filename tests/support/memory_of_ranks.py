@@ -3,15 +3,13 @@
 Prints the peak of each work in bytes, as JSON.
 """
 
-import gc
 import json
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from allocations import peak_bytes
-from torch.profiler import ProfilerActivity, profile
 
+from infini_ds.benchmarks.allocator_peak import AllocatorPeak
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, SequenceGroup
 from infini_ds.model.presets import preset_config
 from infini_ds.planning.memory_estimate import Workload
@@ -49,10 +47,9 @@ def measured_peak(work: Workload, group: SequenceGroup | None) -> int:
     model.block_schedule, model.sequence_group = work.schedule, group
     if work.checkpointing:
         model.gradient_checkpointing_enable()
-    gc.collect()  # nothing of an earlier work may be freed during the measurement
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with AllocatorPeak(torch.device("cpu")) as memory:
         model(**batch).loss.backward()
-    return peak_bytes(profiled)
+    return memory.peak
 
 
 if __name__ == "__main__":

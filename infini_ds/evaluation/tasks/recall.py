@@ -124,10 +124,10 @@ def plot_by_pairs(result: AccuracyResult, file: Path) -> None:
         places = [numbers.index(number) for number in sorted(of_length)]
         values = [of_length[number] for number in sorted(of_length)]
         color = colors(0.85 * index / max(1, len(accuracy) - 1))
-        axes.plot(places, values, marker="o", markersize=4, color=color, label=f"{segments} segments between")
+        axes.plot(places, values, marker="o", markersize=4, color=color, label=str(segments))
     axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
     axes.set(ylim=(-0.03, 1.03), xlabel="pairs in the text", ylabel="accuracy, memory on", title="Recall by pairs")
-    axes.legend()
+    axes.legend(title="segments between")
     save_figure(figure, file)
 
 
