@@ -189,3 +189,11 @@ def test_ranks_give_the_losses_of_one_and_resume_as_any_number(shards, tmp_path)
     back_to_the_middle()
     pretrain(shards, tmp_path, "two", *steps)
     assert losses(run) == pytest.approx(two, abs=1e-4)
+
+
+def test_rows_divided_over_ranks_give_the_losses_of_one(shards, tmp_path):
+    steps = [*MUON, "steps=4", "checkpoint.every=4", "batch.micro_rows=1"]
+    pretrain(shards, tmp_path, "one", *steps)
+    where = [f"data.path={shards}", f"output={tmp_path}", "name=divided", *SHAPE, *STEPS, *steps]
+    run_ranks(2, *where, "parallel.sequence=2")
+    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
