@@ -55,7 +55,7 @@ def test_the_small_form_from_end_to_end(monkeypatch):
     assert all(one.state in ("passed", "measured") for one in outcomes if one.case.label not in impossible)
     report = Report(describe_machine(CPU), "small", "2026-01-01T00:00:00", 60.0, sections, outcomes)
     text = report.markdown()
-    for words in ("### Flex attention against masks", "| small | 256 | infini:auto |", "matrix products", "threads, "):
+    for words in ("### Flex attention against masks", "| small | 256 | infini:4 |", "matrix products", "threads, "):
         assert words in text, text
     assert "flex attention, backward: PyTorch has it for GPUs only" in text and "**FAILED**" not in text
     assert "--contenders" not in text  # an option of another command
