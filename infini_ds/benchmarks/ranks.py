@@ -144,13 +144,9 @@ def plot_ranks(measurements: Sequence[RankMeasurement], file: Path) -> None:
     for tokens in dict.fromkeys(one.case.tokens for one in measurements):
         of_row = [one for one in measurements if one.case.tokens == tokens]
         ranks = [one.case.ranks for one in of_row]
-        (line,) = speed.plot(
-            ranks, [one.result.seconds for one in of_row], "o-", markersize=4, label=f"{tokens:,} tokens"
-        )
-        cpu = [one.result.cpu_seconds for one in of_row]
-        speed.plot(
-            ranks, cpu, "s--", color=line.get_color(), markersize=4, label=f"{tokens:,} tokens, a rank's CPU time"
-        )
+        wall, cpu = ([getattr(one.result, name) for one in of_row] for name in ("seconds", "cpu_seconds"))
+        (line,) = speed.plot(ranks, wall, "o-", markersize=4, label=f"{tokens:,} tokens")
+        speed.plot(ranks, cpu, "s--", color=line.get_color(), markersize=4)
     for number in dict.fromkeys(one.case.ranks for one in measurements if one.case.ranks > 1):
         chosen = [one for one in measurements if one.case.ranks == number]
         lengths = [one.case.tokens for one in chosen]
@@ -159,7 +155,7 @@ def plot_ranks(measurements: Sequence[RankMeasurement], file: Path) -> None:
         )
         (line,) = traffic.plot(lengths, counted, marker="o", label=f"{number} ranks, counted")
         traffic.plot(lengths, formula, "x", color=line.get_color(), markersize=9, label=f"{number} ranks, formula")
-    speed.set(xlabel="ranks that share a row", ylabel="seconds a step", yscale="log")
+    speed.set(xlabel="ranks that share a row", ylabel="seconds a step (dashed: a rank's CPU time)", yscale="log")
     speed.set_xticks(sorted({one.case.ranks for one in measurements}))
     traffic.set(xlabel="tokens in a row", ylabel="MB that a rank sends in a step", yscale="log")
     traffic.set_xscale("log", base=2)
@@ -167,6 +163,6 @@ def plot_ranks(measurements: Sequence[RankMeasurement], file: Path) -> None:
     for axes in (speed, traffic):
         axes.yaxis.set_major_formatter("{x:,.4g}")
         if axes.has_data():
-            axes.legend(fontsize=9)
+            axes.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     figure.tight_layout()
     save_figure(figure, file)

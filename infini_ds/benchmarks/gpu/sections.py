@@ -243,7 +243,7 @@ class _Cases:
 
 
 def best_setting(outcomes: Sequence[Outcome], model: str) -> Outcome | None:
-    """Return the fastest measurement of this project's model of a size, on its longest rows, or None."""
+    """Return the fastest measurement of this project's model of a size, on its longest rows; None without one."""
     found = [
         one
         for one in outcomes
