@@ -5,7 +5,7 @@ rounds, and ratios to the first contender of the same round. Contenders:
     infini:G     this model with G segments in a block, recomputed in the backward pass
     infini:auto  the same with the largest block that memory allows
     infini:all   this model, all segments at once, activations kept
-    gpt-neo      transformers' GPT-Neo (eager attention, the only one that it has)
+    gpt-neo      transformers' GPT-Neo with eager attention; gpt-neo:sdpa and so on where transformers has that for it
     infini-transformer-pytorch   the PyPI package, memories not detached: pip install 'infini_ds[benchmark]'
 
 --generation measures the time per token of transformers' generate(), greedy and with a cache, after prompts of these

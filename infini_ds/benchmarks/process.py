@@ -47,8 +47,13 @@ def run_worker(
     if worker.returncode == KILLED:
         return OUT_OF_MEMORY
     if worker.returncode == USER_ERROR:
-        raise UserError(errors.strip().splitlines()[-1].removeprefix("error: "))
+        raise UserError(last_line(errors, "error: ").removeprefix("error: "))
     if worker.returncode:
         raise RuntimeError(f"failed with exit code {worker.returncode}:\n{errors.strip()}")
-    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(last_line(output, "{"))
     return result
+
+
+def last_line(text: str, start: str) -> str:
+    """Return the last line that begins with `start`. Libraries such as NCCL may print more when a process ends."""
+    return next(line for line in reversed(text.splitlines()) if line.startswith(start))

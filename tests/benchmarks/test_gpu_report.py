@@ -17,7 +17,7 @@ from infini_ds.benchmarks.gpu.machine import Machine, describe_machine
 from infini_ds.benchmarks.gpu.report import BEGIN, END, Report, insert, summary
 from infini_ds.benchmarks.gpu.runner import is_failure, run_case, run_sections
 from infini_ds.benchmarks.gpu.sections import Case, Outcome, Section, all_sections, best_setting, small_form
-from infini_ds.benchmarks.process import OUT_OF_MEMORY, run_worker
+from infini_ds.benchmarks.process import OUT_OF_MEMORY, last_line, run_worker
 from infini_ds.benchmarks.profile_groups import OTHERS, shares
 from infini_ds.benchmarks.results import Operator, Profile, TrainingSpeed
 from infini_ds.benchmarks.worker import is_out_of_memory, measure, own_times
@@ -55,7 +55,7 @@ def test_the_small_form_from_end_to_end(monkeypatch):
     assert all(one.state in ("passed", "measured") for one in outcomes if one.case.label not in impossible)
     report = Report(describe_machine(CPU), "small", "2026-01-01T00:00:00", 60.0, sections, outcomes)
     text = report.markdown()
-    for words in ("### Flex attention against masks", "| small | 256 | infini:auto |", "matrix products", "threads, "):
+    for words in ("### Flex attention against masks", "| small | 256 | infini:4 |", "matrix products", "threads, "):
         assert words in text, text
     assert "flex attention, backward: PyTorch has it for GPUs only" in text and "**FAILED**" not in text
     assert "--contenders" not in text  # an option of another command
@@ -131,6 +131,12 @@ def test_a_worker_out_of_time_ends_with_all_that_it_started():
     assert time.monotonic() - started < 20
     commands = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
     assert "infini_ds.benchmarks.worker" not in commands
+
+
+def test_what_libraries_print_at_the_end_is_skipped():
+    errors = "warning\nerror: a step needs 3.0 GiB\n[rank0]:[W1125] Warning: destroy_process_group() was not called\n"
+    assert last_line(errors, "error: ") == "error: a step needs 3.0 GiB"
+    assert last_line('{"old": 1}\nNCCL version 2.29.7\n{"found": 1}\n\nbye\n', "{") == '{"found": 1}'
 
 
 def test_an_error_of_a_real_worker_has_its_stack():

@@ -74,6 +74,7 @@ class Form:
         short_segments: tokens of a segment in a row of many_tokens, which has many of them.
         kernels: heads, head size, slots, window and precision of flex attention.
         sizes: the shape of each size of model, the smallest first; tokens: of their rows.
+        blocks: segments that are recomputed at a time. They divide a row, so that a compiler sees one shape.
         short_tokens: of rows with which full attention is compared; prompts: tokens before generation.
         bucket: elements in which gradients are reduced; None for those of DeepSpeed's JSON.
         loss_steps: of training in bf16 and in fp32.
@@ -87,6 +88,7 @@ class Form:
     kernels: tuple[tuple[int, int, int, int | None, str], ...]
     sizes: dict[str, ModelShape]
     tokens: int
+    blocks: tuple[int, ...]
     short_tokens: int
     prompts: tuple[int, ...]
     loss_steps: int
@@ -111,6 +113,7 @@ def full_form() -> Form:
         kernels=((12, 64, 2048, None, "bf16"), (16, 128, 2048, 256, "bf16"), (12, 64, 1000, None, "fp32")),
         sizes={name: _preset(name) for name in ("125m", "350m", "1.3b")},
         tokens=32_768,
+        blocks=(8, 2),
         short_tokens=4096,
         prompts=(1024, 32_768),
         loss_steps=30,
@@ -128,6 +131,7 @@ def small_form() -> Form:
         kernels=((2, 16, 64, None, "bf16"), (2, 32, 100, 40, "fp32")),
         sizes={"tiny": replace(shape, width=32), "small": shape},
         tokens=256,
+        blocks=(4, 2),
         short_tokens=64,
         prompts=(40, 100),
         loss_steps=12,
@@ -198,7 +202,8 @@ class _Cases:
     def training(self, _: Sequence[Outcome]) -> list[Case]:
         """The most informative cases first, since time may run out."""
         long, short = self.form.tokens, self.form.short_tokens
-        fast, slow = ["infini:auto compiled", "infini:all compiled"], ["infini:auto", "infini:all"]
+        slow = [*(f"infini:{block}" for block in self.form.blocks), "infini:all"]
+        fast = [f"{contender} compiled" for contender in slow]
         if not self.compiles:
             fast, slow = slow, []
         others = ["gpt-neo", "gpt-neo:sdpa", "gpt-neo:flash_attention_2", "infini-transformer-pytorch"]
@@ -221,7 +226,7 @@ class _Cases:
     def profile(self, outcomes: Sequence[Outcome]) -> list[Case]:
         """Profile the largest model in the way that was the fastest."""
         best = best_setting(outcomes, self.largest)
-        case = best.case if best else self._speed(self.largest, "infini:auto", self.form.tokens)
+        case = best.case if best else self._speed(self.largest, f"infini:{self.form.blocks[-1]}", self.form.tokens)
         return [replace(case, kind="profile")]
 
     def _check(self, label: str, kind: str, **changes: str) -> Case:
