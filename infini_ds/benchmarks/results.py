@@ -26,12 +26,14 @@ class TrainingSpeed:
 class GenerationSpeed:
     """Generation one token at a time after a prompt, which is read first.
 
-    seconds_per_token: of one new token in each row; reading_tokens_per_s: of all rows, until the first new token.
+    seconds_per_token: of one new token in each row; cpu_seconds_per_token: of all threads, without what other processes
+    of the machine take. reading_tokens_per_s: of all rows, until the first new token.
     peak_memory: bytes above those of the model.
     """
 
     reading_tokens_per_s: float
     seconds_per_token: float
+    cpu_seconds_per_token: float
     cache_bytes: int
     peak_memory: int
 
@@ -47,9 +49,13 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profile:
-    """The operators of some training steps, the slowest first."""
+    """The operators of some training steps, or the kernels of a GPU, the slowest first.
+
+    busy: share of the time of a step, without the profiler, in which the GPU computes; None on the CPU.
+    """
 
     operators: tuple[Operator, ...]
+    busy: float | None = None
 
 
 @dataclass(frozen=True)

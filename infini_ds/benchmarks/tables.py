@@ -53,8 +53,18 @@ def profile_table(measurement: Measurement[Profile]) -> Table:
 
 def generation_table(cases: Sequence[Case[GenerationSpeed]]) -> Table:
     table = new_table(
-        *("prompt tokens", "contender", "ms/token", "ratio", "reading the prompt, tokens/s", "cache", "peak memory")
+        *(
+            "prompt tokens",
+            "contender",
+            "ms/token",
+            "ratio",
+            "CPU ms/token",
+            "reading, tokens/s",
+            "cache",
+            "peak memory",
+        )
     )
+    table.caption = "CPU ms: of all threads, without the time that other processes take"
     for case in cases:
         result = case.result
         if isinstance(result, OutOfMemory):
@@ -65,6 +75,7 @@ def generation_table(cases: Sequence[Case[GenerationSpeed]]) -> Table:
             case.contender,
             f"{1e3 * result.seconds_per_token:.2f}",
             format_ratio(case),
+            f"{1e3 * result.cpu_seconds_per_token:.2f}",
             f"{result.reading_tokens_per_s:,.0f}",
             f"{result.cache_bytes / 2**10:,.0f} KiB",
             f"{result.peak_memory / 2**20:,.0f} MiB",

@@ -92,7 +92,7 @@ class DecodingStep:
         return computed
 
     def at_columns(self, columns: Tensor, computed: Tensor, slots: slice) -> Tensor:
-        return computed if len(columns) == self.T else computed[:, columns]
+        return computed if self.T == len(columns) == 1 else computed[:, columns]
 
     def shift_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
         """Return the label of the next token for each new token, (B, T)."""

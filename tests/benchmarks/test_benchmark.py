@@ -34,6 +34,7 @@ def test_generation_is_measured_side_by_side(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "generation.jsonl").read_text().splitlines()]
     assert [line["contender"] for line in lines] == ["infini:all", "gpt-neo"]
     assert all(line["seconds_per_token"] > 0 and line["reading_tokens_per_s"] > 0 for line in lines)
+    assert all(line["cpu_seconds_per_token"] > 0 for line in lines)
     # Each row's memory and open segment of one layer in fp32, and the documents of 16 slots and of the memory.
     assert lines[0]["cache_bytes"] == 2 * (4 * (2 * (4 * 4 + 4) + 2 * 2 * 16 * 4) + 8 * (16 + 1))
     # Keys and values of all tokens but the last, which is not read.

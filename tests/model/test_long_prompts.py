@@ -31,6 +31,16 @@ def test_logits_of_some_positions(padding, segments_per_block, kept):
         assert_close(got, after, **exact)
 
 
+@pytest.mark.parametrize("kept", [1, 2, torch.tensor([1, 0]), torch.tensor([-1, -1, 0])], ids=str)
+def test_logits_of_some_tokens_of_a_decoding_step(kept):
+    model, ids = tiny_model(), random_ids(2, S + 3)
+    where = slice(-kept, None) if isinstance(kept, int) else kept
+    with torch.no_grad():
+        cache = model(ids[:, : S + 1], use_cache=True).past_key_values
+        got = model(ids[:, S + 1 :], past_key_values=cache, logits_to_keep=kept).logits
+        assert_close(got, model(ids).logits[:, -2:][:, where], **exact)
+
+
 PROGRAM = """
 import torch
 from infini_ds.model import InfiniGPTNeoForCausalLM
