@@ -52,7 +52,8 @@ def training_command(shards: Path, folder: Path, *options: str, sequence: int = 
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in HOSTS.values()))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--log_level", "error"]
-    where = [f"data.path={shards}", f"output={folder}", "name=hosts", "batch.micro_rows=1"]
+    micro_rows = 1 if sequence == 1 else 4  # of the four rows of a step
+    where = [f"data.path={shards}", f"output={folder}", "name=hosts", f"batch.micro_rows={micro_rows}"]
     master = ["--master_addr", HOSTS["infini-a"], "--master_port", "29531"]
     return [
         *map(str, launcher),
