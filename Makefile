@@ -1,20 +1,24 @@
 # make pretrain    text -> shards -> training -> Hugging Face folder -> report, on whatever hardware there is
 # make study       the study in small: a grid of runs, evaluated, with one report; half an hour on two cores
+# make gpu         checks and measures what this machine's GPU gives, in ten minutes; ARGS="--device cpu": in small, without one
 # make test        the whole test suite
 # make test-transformers  the model's tests with the oldest and the newest transformers 5; TRANSFORMERS=5.24.0: with this one
 # make test-slurm  the job script, on the Slurm of two nodes that SLURM_CONF names
 PYTHON ?= python3
-# Options for launch/quickstart.py, launch/study.py or pytest, such as ARGS="steps=500" or ARGS="-k memory".
+# Options for launch/quickstart.py, launch/study.py, launch/gpu.py or pytest, such as ARGS="steps=500" or ARGS="-k memory".
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: pretrain study test test-transformers test-slurm lint format lock clean
+.PHONY: pretrain study gpu test test-transformers test-slurm lint format lock clean
 
 pretrain: $(INSTALLED)
 	@.venv/bin/python launch/quickstart.py $(ARGS)
 
 study: $(INSTALLED)
 	@.venv/bin/python launch/study.py launch/studies/small.yaml $(ARGS)
+
+gpu: $(INSTALLED)
+	@.venv/bin/python launch/gpu.py $(ARGS)
 
 test: $(INSTALLED)
 	@.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -9,12 +9,13 @@ rounds, and ratios to the first contender of the same round. Contenders:
     infini-transformer-pytorch   the PyPI package, memories not detached: pip install 'infini_ds[benchmark]'
 
 --generation measures the time per token of transformers' generate(), greedy and with a cache, after prompts of these
-lengths; --prompts of them at once. --profile shows in which operators a training step spends its time.
+lengths; --prompts of them at once. --profile shows in which operators a training step spends its time. --ranks 1 2 4
+measures steps of so many processes that share one row (infini:G or infini:all), and counts the bytes that they send.
 """
 
 import argparse
 import json
-import platform
+import re
 import sys
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import torch
 from rich.console import Console
 
 from infini_ds.benchmarks.contenders import BASELINES, GENERATING, ModelShape, check_contender, is_infini
+from infini_ds.benchmarks.gpu.machine import cpu_name
 from infini_ds.benchmarks.measure import BenchmarkPlan, run_benchmark
 from infini_ds.benchmarks.plot import plot_speed_and_memory
+from infini_ds.benchmarks.ranks import RankCase, medians, plot_ranks, rank_table, run_ranks
 from infini_ds.benchmarks.results import summarize
 from infini_ds.benchmarks.tables import generation_table, profile_table, training_table
 from infini_ds.distributed.entry_point import run_main
@@ -35,7 +38,7 @@ from infini_ds.utils.paths import user_path
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row")
-    parser.add_argument("--contenders", nargs="+")
+    parser.add_argument("--contenders", nargs="+", help="default: infini:all, infini:1, infini:auto and the others")
     parser.add_argument("--segment-length", type=int, default=128)
     parser.add_argument("--rule", default="linear", help="memory rule, such as linear or delta (default: linear)")
     parser.add_argument("--preset", help="take width, layers and heads of a preset, such as 33m")
@@ -48,21 +51,38 @@ def parse_arguments() -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--generation", action="store_true", help="measure generation instead of training")
     kind.add_argument("--profile", action="store_true", help="show the share of each operator in a training step")
+    kind.add_argument("--ranks", type=int, nargs="+", help="numbers of processes that share a row (default: infini:8)")
     parser.add_argument(
         "--out", type=user_path, default=Path("runs/benchmark"), help="folder for measurements and plot"
     )
     args = parser.parse_args()
     args.lengths = args.lengths or ([128, 1000, 3000] if args.generation else [1024, 4096, 16384])
-    args.contenders = args.contenders or list(
-        GENERATING if args.generation else ("infini:all", "infini:1", "infini:auto", *BASELINES)
+    if args.contenders is None:
+        of_training = ["infini:8"] if args.ranks else ["infini:all", "infini:1", "infini:auto", *BASELINES]
+        args.contenders = list(GENERATING) if args.generation else of_training
+    numbers = (
+        "lengths",
+        "segment_length",
+        "width",
+        "layers",
+        "heads",
+        "vocabulary",
+        "steps",
+        "rounds",
+        "prompts",
+        "ranks",
     )
-    for name in ("lengths", "segment_length", "width", "layers", "heads", "vocabulary", "steps", "rounds", "prompts"):
+    for name in numbers:
+        if getattr(args, name) is None:
+            continue
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for contender in args.contenders:
         check_contender(contender)
         if args.generation and not is_infini(contender) and contender not in GENERATING:
             raise UserError(f"--contenders {contender}: --generation measures infini:G and gpt-neo only")
+    if args.ranks and not (len(args.contenders) == 1 and re.fullmatch(r"infini:(all|\d+)", args.contenders[0])):
+        raise UserError(f"--contenders {' '.join(args.contenders)}: --ranks measures one of infini:G and infini:all")
     return args
 
 
@@ -87,6 +107,9 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
 def main() -> None:
     args = parse_arguments()
     shape = model_shape(args)
+    if args.ranks:
+        measure_ranks(args, shape)
+        return
     kind = "generation" if args.generation else "profile" if args.profile else "training"
     plan = BenchmarkPlan(
         kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds, args.prompts
@@ -98,10 +121,7 @@ def main() -> None:
             measurements.append(measurement)
             file.write(json.dumps(measurement.to_json()) + "\n")
             status.update(f"{len(measurements)} of {len(plan.cases()) * plan.rounds}: {measurement.contender}")
-    console.print(f"{machine()}, {shape.precision}: {shape.layers} layers of width {shape.width}, {shape.heads} heads,")
-    console.print(
-        f"vocabulary {shape.vocabulary:,}, segments of {shape.segment_length} tokens, {shape.memory_rule} rule."
-    )
+    describe(shape, console)
     if args.profile:
         for measurement in measurements:
             console.print(profile_table(measurement))
@@ -115,12 +135,36 @@ def main() -> None:
     console.print(f"Written to {args.out}")
 
 
+def measure_ranks(args: argparse.Namespace, shape: ModelShape) -> None:
+    """Measure the steps of processes that share a row."""
+    block = args.contenders[0].removeprefix("infini:")
+    segments = None if block == "all" else int(block)
+    cases = [RankCase(tokens, ranks, segments) for tokens in args.lengths for ranks in args.ranks]
+    console, measurements = Console(width=None if sys.stdout.isatty() else 120), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    with console.status("") as status, (args.out / "ranks.jsonl").open("w", buffering=1) as file:
+        for measurement in run_ranks(cases, shape, args.steps, args.rounds):
+            measurements.append(measurement)
+            file.write(json.dumps(measurement.to_json()) + "\n")
+            status.update(f"{len(measurements)} of {len(cases) * args.rounds}: {measurement.case}")
+    describe(shape, console)
+    console.print(rank_table(medians(measurements)))
+    plot_ranks(medians(measurements), args.out / "ranks.png")
+    console.print(f"Written to {args.out}")
+
+
+def describe(shape: ModelShape, console: Console) -> None:
+    console.print(f"{machine()}, {shape.precision}: {shape.layers} layers of width {shape.width}, {shape.heads} heads,")
+    console.print(
+        f"vocabulary {shape.vocabulary:,}, segments of {shape.segment_length} tokens, {shape.memory_rule} rule."
+    )
+
+
 def machine() -> str:
     """Return the name of the GPU, or of the CPU and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return cpu_name()
 
 
 if __name__ == "__main__":

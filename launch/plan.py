@@ -1,4 +1,4 @@
-"""Plan a run before a GPU is asked for: memory of a rank by part, FLOPs, days, and which blocks fit.
+"""Plan a run before a GPU is asked for: memory of a rank by part, FLOPs, days, traffic, and which blocks fit.
 
 python launch/plan.py [--config launch/recipes/1.3b.yaml] [key=value ...] [--gpu a100-80g] [--gpus 8]
 
@@ -9,6 +9,7 @@ if a step does not fit.
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,7 @@ from infini_ds.distributed.entry_point import run_main
 from infini_ds.planning.hardware import GPUS
 from infini_ds.planning.memory_estimate import HEADROOM
 from infini_ds.planning.plan import GIB, Plan, make_plan
+from infini_ds.planning.traffic import NODE_GPUS
 
 
 def main() -> None:
@@ -60,19 +62,37 @@ def summary_table(plan: Plan) -> Table:
     table.add_row("parameters", f"{plan.parameters:,}")
     per_parameter = plan.tokens / plan.parameters
     table.add_row("tokens", f"{plan.tokens:,} in {run.recipe.steps:,} steps, {per_parameter:.1f} per parameter")
-    micro_batches = f"{shape.accumulation} x {shape.micro_rows} rows of {run.sequence_length:,} tokens"
-    ranks = f"{run.dims.world_size} ranks" + (f" ({run.dims.sequence} on each row)" if run.dims.sequence > 1 else "")
+    micro_batches = f"{shape.accumulation} x {shape.micro_rows} rows of {work.tokens:,} tokens"
+    ranks = f"{run.dims.world_size} ranks" + (f" ({work.sequence} on each row)" if work.sequence > 1 else "")
     table.add_row("a step", f"{ranks} x {micro_batches}")
     kept = "recomputed block by block" if work.checkpointing else "all activations kept"
-    segments = f"{work.block_segments} of {work.segments} segments of {work.segment_length}"
+    of_ranks = f"{work.sequence} ranks x " if work.sequence > 1 else ""
+    segments = f"{of_ranks}{work.block_segments} of {work.segments} segments of {work.segment_length}"
     table.add_row("a block", f"{segments}, {kept}, {work.precision}")
     table.add_row("FLOPs per token", f"{plan.flops_per_token:.3g}")
     days = plan.days
     took = "unknown: no peak FLOPS for this device and precision" if days is None else f"{days:,.2f} without validation"
     table.add_row(f"days at {run.recipe.plan.mfu:.0%} MFU", took)
+    for name, text in traffic_rows(plan):
+        table.add_row(name, text)
     gate_init = run.model_config.gate_init
     table.add_row("gates", f"can move by {gate_reach(run.recipe):.1f} at most, from {gate_init:g}")
     return table
+
+
+def traffic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What a rank sends to others in a step."""
+    if plan.run.dims.world_size > 1:
+        yield "sent for ZeRO", f"{plan.zero_bytes / 1e9:.3g} GB a step by each rank: gradients and weights"
+    traffic, links, seconds = plan.sequence_traffic, plan.device.links, plan.step_seconds
+    if traffic.ranks == 1:
+        return
+    text = f"{traffic.sent / 1e9:.3g} GB a step by each rank: {traffic.times:,} layers of blocks x "
+    text += f"{traffic.ranks - 1} other ranks x {sum(traffic.gathers):,} bytes"
+    if links is not None and seconds is not None:
+        names = links[0].name if traffic.ranks <= NODE_GPUS else " and ".join(link.name for link in links)
+        text += f"; {traffic.seconds(*links):.2g} of the step's {seconds:.2g} s on {names}, if nothing overlaps"
+    yield "sent for the rows", text
 
 
 def memory_table(plan: Plan) -> Table:

@@ -1,18 +1,12 @@
 """Run a benchmark: several rounds, contenders in turn, each measurement in a new process."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from infini_ds.benchmarks.contenders import ModelShape
+from infini_ds.benchmarks.process import run_worker
 from infini_ds.benchmarks.results import GenerationSpeed, Measurement, Operator, OutOfMemory, Profile, TrainingSpeed
-from infini_ds.utils.errors import UserError
-
-USER_ERROR = 2  # the worker's exit code for a UserError
-KILLED = -9  # return code of a process that the system killed, as it does when memory runs out
 
 AnyResult = TrainingSpeed | GenerationSpeed | Profile
 
@@ -60,26 +54,17 @@ def _run_worker(plan: BenchmarkPlan, tokens: int, contender: str) -> AnyResult |
     case = {"contender": contender, "tokens": tokens, "steps": plan.steps, "shape": asdict(plan.shape)}
     if plan.kind == "generation":
         case["rows"] = plan.prompts
-    done = subprocess.run(
-        [sys.executable, "-m", "infini_ds.benchmarks.worker", plan.kind, json.dumps(case)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == KILLED:
-        return OutOfMemory()
-    if done.returncode == USER_ERROR:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    if done.returncode:
-        raise RuntimeError(
-            f"{contender} at {tokens} tokens failed with exit code {done.returncode}:\n{done.stderr.strip()}"
-        )
-    return _parse(plan.kind, json.loads(done.stdout.strip().splitlines()[-1]))
+    try:
+        content = run_worker(plan.kind, case)
+    except RuntimeError as error:
+        raise RuntimeError(f"{contender} at {tokens} tokens {error}") from error
+    return parse_result(plan.kind, content)
 
 
-def _parse(kind: str, content: dict[str, Any]) -> AnyResult | OutOfMemory:
+def parse_result(kind: str, content: dict[str, Any]) -> AnyResult | OutOfMemory:
     """Return the result that a worker printed."""
     if content.get("out_of_memory"):
         return OutOfMemory()
     if kind == "profile":
-        return Profile(tuple(Operator(**operator) for operator in content["operators"]))
+        return Profile(tuple(Operator(**operator) for operator in content["operators"]), content["busy"])
     return GenerationSpeed(**content) if kind == "generation" else TrainingSpeed(**content)

@@ -49,9 +49,13 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profile:
-    """The operators of some training steps, the slowest first."""
+    """The operators of some training steps, or the kernels of a GPU, the slowest first.
+
+    busy: share of the time of a step, without the profiler, in which the GPU computes; None on the CPU.
+    """
 
     operators: tuple[Operator, ...]
+    busy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +17,31 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from infini_ds.benchmarks.contenders import ModelShape, build_contender, is_infini
+from infini_ds.benchmarks.gpu.comparison import CheckResult
+from infini_ds.benchmarks.gpu.machine import Machine, describe_machine
+from infini_ds.benchmarks.gpu.model_checks import (
+    check_compiled,
+    check_flex_kernel,
+    check_flex_model,
+    check_generation,
+    check_rounding,
+)
+from infini_ds.benchmarks.gpu.training_checks import check_losses, check_memory_plan
+from infini_ds.benchmarks.process import OUT_OF_MEMORY
 from infini_ds.benchmarks.results import GenerationSpeed, Operator, Profile, TrainingSpeed
+from infini_ds.benchmarks.timing import time_call
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
 from infini_ds.model.cache import CACHE_NAME
 from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.planning.hardware import peak_flops
+from infini_ds.training.model_builder import set_matmul_precision
 
 WARM_UP_TOKENS = 4096  # enough to run every kernel once; longer rows are not run twice
 NEW_TOKENS = 128  # the length of a segment by default, so that one segment of each row ends among them
@@ -53,20 +68,12 @@ class PeakMemory:
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 - self.before
 
 
-def time_call(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a call takes, including its work on the GPU."""
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def build_training_step(
     contender: str, tokens: int, shape: ModelShape, device: torch.device
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Return the model and a training step (forward, backward, AdamW) on `tokens` tokens, after a warm-up step."""
     _limit_memory(device)
+    set_matmul_precision(shape.precision, device)
     model, forward_backward = build_contender(contender, shape, tokens, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -77,7 +84,8 @@ def build_training_step(
 
     torch.manual_seed(1)
     ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
-    step(ids[:, :WARM_UP_TOKENS])
+    # A GPU chooses kernels, and a compiler compiles, for each shape: the warm-up has the shapes of the measurement.
+    step(ids if device.type == "cuda" or shape.compiled else ids[:, :WARM_UP_TOKENS])
     return model, lambda: step(ids)
 
 
@@ -106,14 +114,29 @@ def measure_training(contender: str, tokens: int, steps: int, shape: ModelShape,
 def profile_training(contender: str, tokens: int, steps: int, shape: ModelShape, device: torch.device) -> Profile:
     """Measure the time in each operator during `steps` training steps."""
     _, step = build_training_step(contender, tokens, shape, device)
+    seconds = [time_call(step, device) for _ in range(steps)] if device.type == "cuda" else []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with torch.profiler.profile(activities=activities) as profiled:
         for _ in range(steps):
             time_call(step, device)
-    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"  # microseconds
-    events = profiled.key_averages()
-    operators = [Operator(event.key, getattr(event, own_time) / 1e6, event.count) for event in events]
-    return Profile(tuple(sorted(operators, key=lambda operator: -operator.seconds)))
+    operators = own_times(profiled.key_averages(), device)
+    computing = sum(operator.seconds for operator in operators)
+    return Profile(operators, busy=min(1.0, computing / sum(seconds)) if seconds else None)
+
+
+def own_times(events: Iterable[FunctionEventAvg], device: torch.device) -> tuple[Operator, ...]:
+    """Return the time in each operator, or in each kernel of a GPU, without what it calls, the slowest first.
+
+    On a GPU the time of a kernel is also in the operator that launched it, so kernels alone are counted.
+    """
+    if device.type == "cuda":
+        # An annotation spans the kernels in it. Older versions of torch do not tell it from a kernel.
+        kernels = [one for one in events if one.device_type == DeviceType.CUDA]
+        kernels = [one for one in kernels if not getattr(one, "is_user_annotation", False)]
+        operators = [Operator(str(one.key), one.self_device_time_total / 1e6, one.count) for one in kernels]
+    else:
+        operators = [Operator(str(one.key), one.self_cpu_time_total / 1e6, one.count) for one in events]
+    return tuple(sorted(operators, key=lambda operator: -operator.seconds))
 
 
 class TokenClock(StoppingCriteria):
@@ -184,23 +207,41 @@ def _limit_memory(device: torch.device) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-MEASURES: dict[str, Callable[..., TrainingSpeed | GenerationSpeed | Profile]] = {
+MEASURES: dict[str, Callable[..., TrainingSpeed | GenerationSpeed | Profile | CheckResult | Machine]] = {
     "training": measure_training,
     "profile": profile_training,
     "generation": measure_generation,
+    "machine": describe_machine,
+    "compiled": check_compiled,
+    "flex_model": check_flex_model,
+    "flex_kernel": check_flex_kernel,
+    "cached_generation": check_generation,
+    "rounding": check_rounding,
+    "losses": check_losses,
+    "memory_plan": check_memory_plan,
 }
 
 
-def main() -> None:
-    kind, case = sys.argv[1], json.loads(sys.argv[2])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def measure(kind: str, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the result of a case as a JSON object. `case`: the arguments of its function, `shape` as an object."""
+    shape = {"shape": ModelShape(**case["shape"])} if "shape" in case else {}
     try:
-        result = MEASURES[kind](**case | {"shape": ModelShape(**case["shape"])}, device=device)
-        print(json.dumps(asdict(result)))
-    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a RuntimeError
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        return asdict(MEASURES[kind](**case | shape, device=device))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        print(json.dumps({"out_of_memory": True}))
+        return OUT_OF_MEMORY
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out. An illegal access to memory, which CUDA reports too, is another error."""
+    words = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(measure(sys.argv[1], json.loads(sys.argv[2]), device)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How the rows of a step are divided over data ranks, gradient accumulation and micro-batches."""
 
+import math
 from dataclasses import dataclass
 
 from infini_ds.config.recipe import BatchSection
@@ -51,8 +52,10 @@ def batch_shape(batch: BatchSection, sequence_length: int, data_size: int, seque
     if rows % data_size:
         nearest = max(1, round(rows / data_size)) * data_size
         ranks = "ranks" if sequence == 1 else f"groups of parallel.sequence={sequence} ranks"
+        shared = sequence * data_size // math.gcd(rows, data_size)
         raise UserError(
-            f"{given} cannot be divided over {data_size} {ranks}: give batch.tokens=null batch.rows={nearest}"
+            f"{given} cannot be divided over {data_size} {ranks}: divide each row over ranks with parallel.sequence="
+            f"{shared}, or give batch.tokens=null batch.rows={nearest}"
         )
     rank_rows = rows // data_size
     micro_rows = max(m for m in range(1, min(batch.micro_rows, rank_rows) + 1) if rank_rows % m == 0)

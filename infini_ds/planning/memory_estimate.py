@@ -8,14 +8,16 @@ allocator reports for real steps.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.model_config import block_schedule
 from infini_ds.config.recipe import Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
+from infini_ds.model.memory_rule import get_memory_rule
 from infini_ds.planning.step_trace import MicroBatch, Reading, parameter_sizes, trace
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -28,12 +30,13 @@ class Workload:
     """What one rank computes in a step.
 
     Attributes:
-        rows, tokens: shape of the input of a micro-batch; of divided rows, this rank's part of it.
+        rows, tokens: shape of the input of a micro-batch: of complete rows.
         precision: "fp32" or "bf16".
         schedule: how the model runs over the segments of a row.
         accumulation: micro-batches in a step.
         packed: rows may hold several documents, so that attention needs masks.
         checkpointing: the activations of a block are recomputed in its backward pass.
+        sequence: ranks over which the segments of each row are divided.
     """
 
     config: InfiniGPTNeoConfig
@@ -44,18 +47,13 @@ class Workload:
     accumulation: int = 1
     packed: bool = True
     checkpointing: bool = False
+    sequence: int = 1
 
     @classmethod
     def of(
         cls, recipe: Recipe, config: InfiniGPTNeoConfig, shape: BatchShape, tokens: int, precision: str
     ) -> "Workload":
-        """Return the workload of a recipe. Rows may hold several documents, and "auto" segments are all segments.
-
-        `tokens`: of a row. Of one that is divided over ranks, a rank's workload is its segments.
-        """
-        if recipe.parallel.sequence > 1:
-            segments = math.ceil(tokens / config.segment_length)
-            tokens = math.ceil(segments / recipe.parallel.sequence) * config.segment_length
+        """Return the workload of a recipe. Rows may hold several documents, and "auto" segments are all segments."""
         return cls(
             config=config,
             rows=shape.micro_rows,
@@ -64,6 +62,7 @@ class Workload:
             schedule=block_schedule(recipe),
             accumulation=shape.accumulation,
             checkpointing=recipe.model.gradient_checkpointing,
+            sequence=recipe.parallel.sequence,
         )
 
     def in_blocks_of(self, segments: int) -> "Workload":
@@ -81,14 +80,19 @@ class Workload:
         return math.ceil(self.tokens / self.segment_length)
 
     @property
+    def rank_segments(self) -> int:
+        """Segments of a row that a rank computes."""
+        return math.ceil(self.segments / self.sequence)
+
+    @property
     def block_segments(self) -> int:
-        """Segments of a block."""
-        return min(self.schedule.segments_per_block or self.segments, self.segments)
+        """Segments of a block that a rank computes."""
+        return min(self.schedule.segments_per_block or self.rank_segments, self.rank_segments)
 
     @property
     def blocks(self) -> int:
         """Blocks of a row."""
-        return math.ceil(self.segments / self.block_segments)
+        return math.ceil(self.rank_segments / self.block_segments)
 
     @property
     def micro_batch(self) -> MicroBatch:
@@ -102,6 +106,7 @@ class Workload:
             schedule=self.schedule,
             packed=self.packed,
             checkpointing=self.checkpointing,
+            sequence=self.sequence,
         )
 
 
@@ -249,41 +254,60 @@ def largest_block(work: Workload, sharding: ZeroSharding, limit: int) -> int | N
 class BlockSearch:
     """Finds the largest blocks that fit into `limit` bytes, for workloads of one model, with few estimates.
 
-    Memory grows nearly linearly with the rows times segments of a block, so the search interpolates between what was
-    estimated before. A block that would exceed the limit even if memory grew by a tenth less is not estimated.
+    Memory grows nearly linearly with the rows times segments of a block, apart from the states between blocks, of which
+    there are fewer the larger the blocks are. So the search interpolates between what was estimated before. A block
+    that would exceed the limit even if memory grew by a tenth less is not estimated.
     """
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._points: list[tuple[int, int]] = []  # rows times segments of a block, bytes while computing
+        self._points: list[tuple[int, int]] = []  # rows times segments of a block, bytes while computing but of states
 
     def largest_block(self, work: Workload, sharding: ZeroSharding) -> int | None:
         """Return the most segments in a block that fit, as the function of this name."""
-        fits, fails = 0, min(MAX_BLOCK_SEGMENTS, work.segments) + 1
+        fits, fails = 0, min(MAX_BLOCK_SEGMENTS, work.rank_segments) + 1
         while fails - fits > 1:
             # With all activations kept, memory hardly depends on the block.
-            guess = self._guess() // work.rows if work.checkpointing or not self._points else (fits + fails) // 2
-            guess = min(max(guess, fits + 1), fails - 1)
+            by_line = work.checkpointing or not self._points
+            guess = self._guess(work, fits, fails) if by_line else (fits + fails) // 2
             estimate = estimate_memory(work.in_blocks_of(guess), sharding)
-            self._points.append((guess * work.rows, sum(estimate.computing.values())))
+            without_states = sum(estimate.computing.values()) - _state_bytes(work.in_blocks_of(guess))
+            self._points.append((guess * work.rows, without_states))
             if estimate.peak > self._limit:
                 fails = guess
                 continue
             fits = guess
             on_a_line = len({size for size, _ in self._points}) > 1
-            if on_a_line and self._points[-1][1] + 0.9 * work.rows * self._slope() > self._limit:
+            if on_a_line and self._predict(work.in_blocks_of(guess + 1), 0.9) > self._limit:
                 break
         return fits or None
 
-    def _guess(self) -> int:
-        """Return the rows times segments with which the limit is reached on the line."""
+    def _guess(self, work: Workload, fits: int, fails: int) -> int:
+        """Return the most segments between `fits` and `fails` that may fit; if none may, those that take the least."""
+        between = range(fails - 1, fits, -1)
         if not self._points:
-            return sys.maxsize
+            return between[0]
+        predicted = {segments: self._predict(work.in_blocks_of(segments)) for segments in between}
+        fitting = (segments for segments in between if predicted[segments] <= self._limit)
+        return next(fitting, min(predicted, key=predicted.__getitem__))
+
+    def _predict(self, work: Workload, factor: float = 1.0) -> float:
+        """Return the bytes while computing, on the line through the last point with `factor` times its slope."""
         size, peak = self._points[-1]
-        return max(0, size + math.floor((self._limit - peak) / self._slope()))
+        return peak + factor * (work.block_segments * work.rows - size) * self._slope() + _state_bytes(work)
 
     def _slope(self) -> float:
         """Return the bytes of one more segment of a row, by the last two sizes; from a single one, at most so many."""
         (size, peak), *earlier = reversed(self._points)
         other, peak_of_other = next((point for point in earlier if point[0] != size), (0, 0))
         return max(1.0, (peak - peak_of_other) / (size - other))
+
+
+def _state_bytes(work: Workload) -> int:
+    """Return the bytes on the device of the states that are kept between blocks."""
+    if not work.checkpointing or work.schedule.offload_states:
+        return 0
+    config = work.config
+    rule, shape = get_memory_rule(config.memory_rule), (work.rows, config.num_heads, config.head_dim)
+    state = rule.empty_state(*shape, torch.float32, "meta")
+    return sum(x.nbytes for x in state) * config.num_layers * work.blocks

@@ -10,8 +10,9 @@ from functools import cached_property
 from infini_ds.config.recipe import Recipe
 from infini_ds.config.resolve import ResolvedRun, resolve
 from infini_ds.distributed.environment import detect_environment
+from infini_ds.model.memory_rule import get_memory_rule
 from infini_ds.planning.flops import training_flops_per_token
-from infini_ds.planning.hardware import find_gpu, memory_free, peak_flops
+from infini_ds.planning.hardware import LINKS, Link, find_gpu, memory_free, peak_flops
 from infini_ds.planning.memory_estimate import (
     HEADROOM,
     BlockSearch,
@@ -21,6 +22,7 @@ from infini_ds.planning.memory_estimate import (
     estimate_memory,
     parameters,
 )
+from infini_ds.planning.traffic import SequenceTraffic, zero_bytes
 
 GIB = 2**30
 
@@ -32,11 +34,13 @@ class PlannedDevice:
     Attributes:
         memory: bytes.
         peak_flops: FLOP/s of dense matrix products in the run's precision; None if unknown.
+        links: to the GPUs of its node, and to other nodes; None if unknown.
     """
 
     name: str
     memory: int
     peak_flops: float | None
+    links: tuple[Link, Link] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,29 @@ class Plan:
         return self.run.recipe.steps * self.run.batch_shape.rows * self.run.sequence_length
 
     @property
-    def days(self) -> float | None:
-        """Days of training without validation at the recipe's MFU, which does not count recomputation and is therefore
-        lower with checkpointing; None if the device's peak is unknown.
+    def step_seconds(self) -> float | None:
+        """Seconds of a step at the recipe's MFU, which does not count recomputation and is therefore lower with
+        checkpointing; None if the device's peak is unknown.
         """
         if self.device.peak_flops is None:
             return None
         rate = self.device.peak_flops * self.run.dims.world_size * self.run.recipe.plan.mfu
-        return self.tokens * self.flops_per_token / rate / 86_400
+        return self.run.batch_shape.rows * self.run.sequence_length * self.flops_per_token / rate
+
+    @property
+    def days(self) -> float | None:
+        """Days of training without validation; None if the device's peak is unknown."""
+        return None if self.step_seconds is None else self.run.recipe.steps * self.step_seconds / 86_400
+
+    @cached_property
+    def sequence_traffic(self) -> SequenceTraffic:
+        """What the ranks over which a row is divided exchange in a step."""
+        return SequenceTraffic.of(self.work)
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes of gradients and weights that a rank sends in a step."""
+        return zero_bytes(self.work, self.sharding, self.parameters)
 
     def fitting_blocks(self) -> list[FittingBlock]:
         """Return the largest block that fits for each micro-batch that divides a rank's rows, up to the first one with
@@ -122,7 +141,8 @@ class Plan:
 
     def remedy(self) -> str | None:
         """Return the overrides of the recipe with which a step fits, with as few changes as possible; None if there are
-        none. Tried in turn: checkpointing, smaller blocks, smaller micro-batches, offloading, more ranks.
+        none. Tried in turn: checkpointing, smaller blocks, smaller micro-batches, rows divided over the ranks,
+        offloading, more ranks, and rows divided over more ranks.
         """
         return next(self._remedies(), None)
 
@@ -138,18 +158,33 @@ class Plan:
             if segments:
                 yield " ".join([*given, *smaller, f"model.segments_per_block={segments}"])
         given, work = [*given, "batch.micro_rows=1"], self._with_rows(work, 1)
+        yield from self._divided(work, given, self.sharding.ranks)
         if not self.sharding.offload:
             segments = self._search.largest_block(work, replace(self.sharding, offload=True))
             if segments:
                 offload = "deepspeed=ds_configs/zero2_offload.json"
                 yield " ".join([*given, f"model.segments_per_block={segments}", offload])
         for ranks in (self.sharding.ranks << doublings for doublings in range(1, 11)):
-            data_ranks = ranks // self.run.dims.sequence
+            data_ranks = ranks // work.sequence
             if self.run.batch_shape.rows % data_ranks == 0:
                 work = replace(work, accumulation=self.run.batch_shape.rows // data_ranks)
                 segments = self._search.largest_block(work, replace(self.sharding, ranks=ranks))
                 if segments:
                     yield " ".join([*given, f"model.segments_per_block={segments}", f"--gpus {ranks}"])
+            yield from self._divided(work, [*given, f"--gpus {ranks}"], ranks)
+
+    def _divided(self, work: Workload, given: list[str], ranks: int) -> Iterator[str]:
+        """Yield the overrides with which rows fit that are divided over more of `ranks` ranks, the fewest first."""
+        if not get_memory_rule(work.config.memory_rule).can_be_divided:
+            return
+        rows = self.run.batch_shape.rows
+        for K in (K for K in range(2 * work.sequence, min(ranks, work.segments) + 1) if ranks % K == 0):
+            if rows * K % ranks == 0:
+                divided = replace(work, sequence=K, accumulation=rows * K // ranks)
+                search = BlockSearch(self.memory_limit)
+                segments = search.largest_block(divided, replace(self.sharding, ranks=ranks))
+                if segments:
+                    yield " ".join([*given, f"parallel.sequence={K}", f"model.segments_per_block={segments}"])
 
     @cached_property
     def _search(self) -> BlockSearch:
@@ -182,4 +217,6 @@ def make_plan(recipe: Recipe) -> Plan:
     name = gpu.name if gpu else "GPU"
     if chosen.memory:
         name = f"{name} of {chosen.memory:g} GiB"
-    return Plan(run, PlannedDevice(name, int(gib * GIB), gpu.bf16_flops if gpu and run.precision == "bf16" else None))
+    published = gpu.bf16_flops if gpu and run.precision == "bf16" else None
+    links = (LINKS[gpu.links[0]], LINKS[gpu.links[1]]) if gpu else None
+    return Plan(run, PlannedDevice(name, int(gib * GIB), published, links))

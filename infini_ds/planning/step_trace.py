@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.model.loss import chunk_rows
+from infini_ds.planning.fake_group import FakeGroup
 from infini_ds.planning.live_bytes import LiveBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,6 +80,7 @@ class MicroBatch:
         precision: "fp32" or "bf16".
         packed: rows may hold several documents.
         checkpointing: blocks are recomputed in the backward pass.
+        sequence: ranks over which the segments of each row are divided; all of them have the complete input.
     """
 
     config: str
@@ -89,6 +91,7 @@ class MicroBatch:
     schedule: BlockSchedule
     packed: bool
     checkpointing: bool
+    sequence: int = 1
 
     def model_config(self) -> InfiniGPTNeoConfig:
         config = InfiniGPTNeoConfig.from_dict(json.loads(self.config))
@@ -110,25 +113,27 @@ def trace(step: MicroBatch) -> StepTrace:
     """Trace a micro-batch of any number of layers and blocks."""
     config = step.model_config()
     S = min(config.segment_length, step.tokens)
-    segments = math.ceil(step.tokens / S)
+    K = step.sequence
+    segments = math.ceil(math.ceil(step.tokens / S) / K)  # of a rank
     G = min(step.schedule.segments_per_block or segments, segments)
-    blocks = math.ceil(segments / G)
+    blocks, block_tokens = math.ceil(segments / G), K * G * S
     offload = step.checkpointing and step.schedule.offload_states
     step = replace(step, schedule=replace(step.schedule, segments_per_block=G, offload_states=False))
     if step.checkpointing:
         traced = min(blocks, CHECKPOINTED_BLOCKS)
-        # Of the last of several blocks, one segment is enough to complete the gradients.
-        last = step.tokens if blocks == 1 else (traced - 1) * G * S + (step.tokens - 1) % S + 1
+        last = step.tokens
+        if blocks > 1:  # of the last one, a segment of each rank is enough to complete the gradients
+            last = min(last, (traced - 1) * block_tokens + (K - 1) * S + (step.tokens - 1) % S + 1)
         found = _trace_in_full(replace(step, tokens=last))
         inputs = _input_bytes(step, step.tokens - last)
         return _with_more(found, found.states * ((1 if offload else blocks) - traced) + inputs, inputs)
-    found = _trace_in_full(replace(step, tokens=step.tokens - max(0, blocks - KEPT_BLOCKS) * G * S))
+    found = _trace_in_full(replace(step, tokens=step.tokens - max(0, blocks - KEPT_BLOCKS) * block_tokens))
     if blocks <= KEPT_BLOCKS:
         return found
-    one_less = _trace_in_full(replace(step, tokens=step.tokens - (blocks - KEPT_BLOCKS + 1) * G * S))
+    one_less = _trace_in_full(replace(step, tokens=step.tokens - (blocks - KEPT_BLOCKS + 1) * block_tokens))
     more = blocks - KEPT_BLOCKS
     a_block = found.computing.live - one_less.computing.live
-    return _with_more(found, more * a_block, _input_bytes(step, more * G * S))
+    return _with_more(found, more * a_block, _input_bytes(step, more * block_tokens))
 
 
 def _with_more(found: StepTrace, computing: float, reducing: float) -> StepTrace:
@@ -236,6 +241,7 @@ def run_on_fake_tensors(step: MicroBatch) -> tuple[Readings, int]:
     with LiveBytes() as live:
         model = _build_model(step.model_config(), DTYPES[step.precision]).train()
         model.block_schedule = step.schedule
+        model.sequence_group = FakeGroup.of(step.sequence) if step.sequence > 1 else None
         if step.checkpointing:
             model.gradient_checkpointing_enable()
         recorder = _Recorder(live, model)

@@ -1,5 +1,6 @@
 """The dataset with all repairs: rows of shard streams, from which errors arrive where the rows are asked for."""
 
+import logging
 import os
 import threading
 import weakref
@@ -12,6 +13,9 @@ from infini_ds.streaming_compat import shared_segments, shm_prefix
 from infini_ds.streaming_compat.library import EpochIterator, ShardState, StreamingDataset
 from infini_ds.streaming_compat.stale_memory import lock_segment
 
+# streaming warns at each epoch that positions have to account for ranks that read the same rows. They do: they are
+# counted in rows of the global batch (tests/data/test_streams.py).
+logging.getLogger("streaming.base.dataset").addFilter(lambda record: "`replication` arg" not in record.getMessage())
 shared_segments.install()
 shm_prefix.install()
 

@@ -168,6 +168,10 @@ class Engine:
             finally:
                 self._engine._config.load_universal_checkpoint = False
 
+    def destroy(self) -> None:
+        """Remove DeepSpeed's hooks from the model, which keep the engine's buffers alive."""
+        self._engine.destroy()
+
     def _apply_schedule(self) -> None:
         """Set the learning rates of this recipe's schedule, which may differ from the checkpoint's."""
         schedule = self._engine.lr_scheduler

@@ -4,8 +4,6 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
 from infini_ds.config.lr_schedule import gate_reach
@@ -25,7 +23,7 @@ from infini_ds.training.engine import Engine
 from infini_ds.training.gradient_check import GradientCheck
 from infini_ds.training.hooks import Hook
 from infini_ds.training.metrics_logger import MetricsLogger
-from infini_ds.training.model_builder import build_model
+from infini_ds.training.model_builder import build_model, set_matmul_precision
 from infini_ds.training.stability import Stability
 from infini_ds.training.trainer import Trainer
 from infini_ds.utils.counts import short_count
@@ -50,9 +48,7 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     if state.step >= recipe.steps:
         logger.info(f"{recipe.folder} has run all of its {recipe.steps} steps: nothing to do; raise steps= to train on")
         return None
-    if run.environment.device.type == "cuda" and run.precision == "bf16":
-        # Only the memory's products are left in fp32: TF32 keeps more digits of their bf16 factors than bf16 has.
-        torch.set_float32_matmul_precision("high")
+    set_matmul_precision(run.precision, run.environment.device)
     if recipe.model.segments_per_block == "auto":
         work = Workload.of(recipe, run.model_config, run.batch_shape, run.sequence_length, run.precision)
         sharding = ZeroSharding.from_json(run.deepspeed, dims.world_size)

@@ -31,8 +31,10 @@ def test_the_suggested_batch_can_be_divided(rows, data_size):
         return
     with pytest.raises(UserError) as error:
         batch_shape(BatchSection(rows=rows), 128, data_size)
-    suggested = int(str(error.value).rpartition("batch.rows=")[2])
-    assert batch_shape(BatchSection(rows=suggested), 128, data_size).rows == suggested
+    words, _, suggested = str(error.value).rpartition("batch.rows=")
+    assert batch_shape(BatchSection(rows=int(suggested)), 128, data_size).rows == int(suggested)
+    sequence = int(words.partition("parallel.sequence=")[2].partition(",")[0])
+    assert data_size % sequence == 0 and batch_shape(BatchSection(rows=rows), 128, data_size // sequence, sequence)
 
 
 def test_batch_in_tokens():

@@ -18,7 +18,7 @@ def in_steps(recipe: Recipe) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize(
     ("name", "steps", "expected"),
     [
-        ("tiny-cpu", 1800, (90, 0, 450, 450)),
+        ("tiny-cpu", 2000, (100, 0, 500, 500)),
         ("tiny-cpu", 12, (0, 0, 3, 3)),
         ("tiny-cpu", 1, (0, 0, 1, 1)),
         ("tiny-cpu", 501, (25, 0, 126, 126)),

@@ -72,7 +72,7 @@ def test_an_export_generates_with_its_cache_in_a_process_of_its_own(short_conv, 
     variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", ALONE, str(tmp_path / "folder"), str(tmp_path / "out.pt"), str(ROOT)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     alone = torch.load(tmp_path / "out.pt")

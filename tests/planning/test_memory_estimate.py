@@ -12,8 +12,8 @@ import pytest
 import torch
 from harness import ROOT, environment, join_ranks, pretrain
 from reference import split_schedule
-from torch.profiler import ProfilerActivity, profile
 
+from infini_ds.benchmarks.allocator_peak import AllocatorPeak
 from infini_ds.config.batch_shape import BatchShape
 from infini_ds.config.deepspeed_config import deepspeed_config
 from infini_ds.config.recipe import load_recipe
@@ -52,8 +52,7 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
     batch["labels"] = batch["input_ids"].clone()
     if work.packed:
         batch["document_ids"] = (torch.arange(work.tokens) > work.tokens // 2 + 3).long().repeat(work.rows, 1)
-    gc.collect()  # nothing of an earlier test may be freed during the measurement
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with AllocatorPeak(torch.device("cpu")) as memory:
         model = InfiniGPTNeoForCausalLM(work.config).train()
         model.block_schedule = work.schedule
         if work.checkpointing:
@@ -65,25 +64,8 @@ def peak_of_a_step(work: Workload, bucket: int) -> int:
             engine.backward(loss)
             if micro_batch % work.accumulation == 0:
                 engine.step()
-    engine._engine.destroy()
-    allocated, in_use, peak = {}, 0, 0
-    for _, size, pointer in sorted(allocations(profiled.profiler.kineto_results.experimental_event_tree())):
-        in_use -= allocated.pop(pointer, 0)  # also before the address is used again: the profiler misses some frees
-        if size > 0:
-            allocated[pointer] = size
-            in_use += size
-        peak = max(peak, in_use)
-    return peak
-
-
-def allocations(events) -> list[tuple[int, int, int]]:
-    """Return (time, bytes, address) of the profiler's tree of events; bytes are negative where memory is freed."""
-    found = []
-    for event in events:
-        if event.tag.name == "Allocation":
-            found.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
-        found += allocations(event.children)
-    return found
+    engine.destroy()
+    return memory.peak
 
 
 def tiny(**fields):

@@ -41,15 +41,21 @@ def test_the_script_prints_the_plan():
 
 
 def test_a_row_that_ranks_share_takes_the_memory_of_a_rank_s_part():
-    """8 ranks, 4 on each row, plan as 2 ranks with rows of a quarter, but for ZeRO's shares and the tokens."""
+    """8 ranks, 4 on each row, plan as 2 ranks with rows of a quarter, but for ZeRO's shares, the tokens, the complete
+    row's ids, and what the ranks exchange.
+    """
     choices = ["plan.sequence_length=65536", "batch.tokens=null", "batch.rows=8"]
     recipe = load_recipe(ROOT / "launch" / "recipes" / "125m.yaml", [*choices, "plan.gpus=8", "parallel.sequence=4"])
     quarter = load_recipe(
         ROOT / "launch" / "recipes" / "125m.yaml", [*choices, "plan.gpus=2", "plan.sequence_length=16384"]
     )
     shared, alone = make_plan(recipe), make_plan(quarter)
-    assert shared.work == alone.work and shared.sharding.ranks == 8 and shared.tokens == 4 * alone.tokens
-    assert shared.estimate.computing["activations and loss"] == alone.estimate.computing["activations and loss"]
+    assert shared.work.rank_segments == alone.work.segments and shared.work.block_segments == alone.work.block_segments
+    assert shared.sharding.ranks == 8 and shared.tokens == 4 * alone.tokens
+    bytes_of_shared, bytes_of_alone = (plan.estimate.computing["activations and loss"] for plan in (shared, alone))
+    ids = 4 * 8 * (65_536 - 16_384) * 6  # rows; ids, labels and documents, in two layouts
+    exchanged = 12 * 4 * 4 * 12 * (64 * 64 + 64) * 4  # layers, rows, ranks
+    assert bytes_of_alone < bytes_of_shared < bytes_of_alone + ids + 2 * exchanged
     assert shared.days == pytest.approx(alone.days)  # four times the tokens on four times the devices
 
 

@@ -161,6 +161,20 @@ def test_a_preempted_job_is_requeued_and_resumes_with_the_same_losses(per, submi
     assert difference == 0
 
 
+def test_ranks_of_two_nodes_share_their_rows(submit, undisturbed):
+    """Each row is divided over both nodes. The losses are those of two data ranks, up to rounding."""
+    job = submit("shared", "steps=40", "parallel.sequence=2")
+    job.wait_for_steps(5)
+    report(f"scancel --signal=USR1 {job.id} at step {len(job.losses())}")
+    slurm("scancel", "--signal=USR1", job.id)
+    assert job.final_state() == "COMPLETED", job.logs()
+    job.show()
+    assert "stopped by SIGUSR1 at step" in job.logs() and "Traceback" not in job.logs()
+    differences = [abs(a / b - 1) for a, b in zip(job.losses(), undisturbed, strict=True)]
+    report(f"{len(differences)} losses, largest relative difference to two data ranks {max(differences):.1e}")
+    assert max(differences) < 1e-3
+
+
 def test_the_time_limit_requeues_and_scancel_does_not(submit):
     job = submit("limit", "steps=100000", options=["--time=2", "--signal=USR1@60"])
     # Where a start takes a minute, the first signal comes before the first step.

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from infini_ds.training.hooks import Hook
 
@@ -18,14 +19,18 @@ COLLECTIVES = [
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
     *("barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "monitored_barrier", "reduce"),
     *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv"),
+    "reduce_scatter_single",
 ]
 
 
 class Counter(Hook):
-    """Records the names of the collectives that are called from the start of one step to the start of the next."""
+    """Records the names of the collectives that are called from the start of one step to the start of the next, and the
+    bytes of this rank's own that ours take: what it gives to a gather, and what it gets of a scatter.
+    """
 
     def __init__(self) -> None:
         self.ours: list[list[str]] = []
+        self.bytes: list[int] = []
         self.deepspeed: list[list[str]] = []
         self._active = False
         for name in COLLECTIVES:
@@ -35,7 +40,10 @@ class Counter(Hook):
         @functools.wraps(collective)
         def call(*arguments, **keywords):
             if self._active:
-                (self.deepspeed if _called_by_deepspeed() else self.ours)[-1].append(name)
+                of_deepspeed = _called_by_deepspeed()
+                (self.deepspeed if of_deepspeed else self.ours)[-1].append(name)
+                if not of_deepspeed:
+                    self.bytes[-1] += min(x.nbytes for x in arguments if isinstance(x, Tensor))
             return collective(*arguments, **keywords)
 
         return call
@@ -43,6 +51,7 @@ class Counter(Hook):
     def on_step_start(self, trainer, step) -> None:
         self._active = True
         self.ours.append([])
+        self.bytes.append(0)
         self.deepspeed.append([])
 
     def on_step_end(self, trainer, step) -> None:
@@ -50,10 +59,12 @@ class Counter(Hook):
 
 
 def _called_by_deepspeed() -> bool:
+    """Return whether the call is DeepSpeed's own: the model calls collectives too, inside of DeepSpeed's backward."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
-            return True
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package in ("deepspeed", "infini_ds"):
+            return package == "deepspeed"
         frame = frame.f_back
     return False
 
@@ -72,5 +83,5 @@ if __name__ == "__main__":
 
     setup.build_trainer = build_counting_trainer
     runpy.run_path("launch/pretrain.py", run_name="__main__")
-    counted = {"ours": counter.ours, "deepspeed": counter.deepspeed}
+    counted = {"ours": counter.ours, "deepspeed": counter.deepspeed, "bytes": counter.bytes}
     (out / f"collectives-{os.environ['RANK']}.json").write_text(json.dumps(counted))

@@ -138,11 +138,20 @@ def start_ranks(
 
 def run_ranks(ranks: int, *arguments: str) -> str:
     """Run launch/pretrain.py as `ranks` processes to the end; returns the output of rank 0."""
-    processes = start_ranks(ranks, *arguments)
+    return _outputs(start_ranks(ranks, *arguments))[0]
+
+
+def outputs_of_ranks(ranks: int, name: str) -> list[str]:
+    """Run the script `name` of tests/support as `ranks` processes to the end; returns what each of them printed."""
+    path = f"{ROOT}:{ROOT / 'tests' / 'support'}"
+    return _outputs(start_ranks(ranks, script=f"tests/support/{name}.py", PYTHONPATH=path))
+
+
+def _outputs(processes: list[Fork]) -> list[str]:
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
-    return outputs[0]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs

@@ -1,5 +1,6 @@
 """Training with rows divided over ranks: the losses, checkpoints and decisions of ranks that read complete rows."""
 
+import json
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 from faults import Fault
 from forks import Fork
-from harness import TINY, build, pretrain, run_ranks, start_ranks
+from harness import TINY, build, pretrain, run_ranks, run_script, start_ranks
 
 from infini_ds.checkpoint.manifest import complete_checkpoints, read_manifest
 from infini_ds.checkpoint.skip_records import read_rollbacks, read_skipped_steps
@@ -51,7 +52,7 @@ def send_after_steps(processes: list[Fork], run: Path, steps: int, signals: list
 def test_two_times_two_ranks_of_zero2_give_the_losses_of_one(runs, shards, tmp_path):
     arguments = [f"data.path={shards}", f"output={tmp_path}", "name=divided", *TINY, "batch.micro_rows=1"]
     output = run_ranks(4, *arguments, *DIVIDED, "parallel.sequence=2", "validation.every=10")
-    assert "4 ranks (2 on each row) x 2 micro-batches x 1 rows" in output
+    assert "4 ranks (2 on each row) x 2 micro-batches x 1 rows" in output and "replication" not in output
     assert_same_training(tmp_path / "divided", runs / "one")
     assert read_manifest(complete_checkpoints(tmp_path / "divided")[-1]).sequence == 2
 
@@ -71,6 +72,31 @@ def test_killed_and_resumed_with_other_ranks_on_a_row_equals_never_stopped(runs,
     pretrain(shards, tmp_path, "resumed", "validation.every=10")
     assert "resumed from" in capsys.readouterr().out
     assert_same_training(run, runs / "one")
+
+
+def test_traffic_does_not_depend_on_the_length_of_rows(shards, corpus, tmp_path):
+    """With as many blocks, rows of 65,536 tokens take the bytes of rows of 4,096: those of the formula."""
+    layers, heads, D, S, ranks, blocks = 2, 2, 16, 64, 2, 4
+    memory = heads * (D * D + D) * 4  # of a row: M and z of each head, in fp32
+    exchange = 4 * 8  # the loss and other figures of a rank, once a step
+    for tokens in (4096, 65_536):
+        folder, out = tmp_path / f"shards-{tokens}", tmp_path / f"{tokens}"
+        options = ["--tokenizer", shards / "tokenizer", "--sequence-length", tokens, "--validation-fraction", "0.2"]
+        run_script("-m", "data_prep", "--source", f"text:{corpus}", "--out", folder, "--workers", "1", *options)
+        out.mkdir()
+        shape = [f"model.segment_length={S}", "model.config.hidden_size=32", f"model.config.num_layers={layers}"]
+        shape += [f"model.config.num_heads={heads}", f"model.segments_per_block={tokens // (S * ranks * blocks)}"]
+        choices = ["batch.rows=1", "steps=1", "log_every=1", "validation.every=0", "schedule.warmup_steps=0"]
+        division = [f"parallel.sequence={ranks}", "model.gradient_checkpointing=true"]
+        arguments = [f"data.path={folder}", f"output={out}", "name=counted", *shape, *choices, *division]
+        processes = start_ranks(ranks, str(out), *arguments, script="tests/support/count_collectives.py")
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * ranks, outputs
+        for rank in range(ranks):
+            counted = json.loads((out / f"collectives-{rank}.json").read_text())
+            # Forward, again in the recomputation, and backward; and the loss, there and back.
+            assert counted["bytes"] == [3 * layers * blocks * memory + 2 * 4 + exchange]
+            assert counted["ours"][0].count("reduce_scatter_single") == layers * blocks + 1
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""What a machine's GPU gives, in one command: checks of correctness, speed beside other models, where the time goes."""

@@ -1,0 +1,17 @@
+"""The time that work takes, on the CPU or on a GPU."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def time_call(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes, including its work on the GPU, and nothing of the work before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
