@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .attention import InfiniAttention
 from .block_schedule import BlockSchedule
-from .cache import InfiniCache, LayerCache
+from .cache import InfiniCache, LayerCache, check_cache
 from .configuration import InfiniGPTNeoConfig
 from .decoding import DecodingStep, fits, plan_step, run_step
 from .layers import InfiniLayer
@@ -100,9 +100,8 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
                 module.start_as_identity()
             else:
                 module.start_even()
-        if isinstance(
-            module, nn.ParameterDict
-        ):  # of an InfiniAttention, which transformers 5 skips if `beta` is loaded
+        # Of an InfiniAttention, which transformers 5 skips if `beta` is loaded.
+        if isinstance(module, nn.ParameterDict):
             for name, initial in get_memory_rule(self.config.memory_rule).parameters(self.config).items():
                 parameter = module[name]
                 if not getattr(parameter, "_is_hf_initialized", False):  # transformers' flag of loaded weights
@@ -228,12 +227,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         check_token_types(token_type_ids)
         config, B, device = self.config, tokens.shape[0], tokens.device
         if cache is not None:
-            if not isinstance(cache, InfiniCache):
-                raise ValueError(
-                    f"past_key_values is a {type(cache).__name__}, which holds keys and values of all tokens, and this "
-                    "model keeps an InfiniCache: leave past_key_values away, or pass the one that this model returned"
-                )
-            cache.check(config, B, self.dtype)
+            check_cache(cache, config, B, self.dtype)
         if self.sequence_group is not None and (cache is not None or use_cache):
             raise ValueError(
                 "a cache is not possible where rows are divided over ranks: leave it away with use_cache=False, or set "
@@ -245,24 +239,22 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
             document_ids = documents_of_positions(position_ids, tokens, attention_mask, document_ids, past)
         if cache is None and self._wants_cache(use_cache):
             cache = InfiniCache(config, B, self.dtype, device)
-        open_segment = None
         if cache is not None and fits(self, cache, tokens, attention_mask, document_ids, memory_of):
             step = plan_step(config, cache, tokens.shape[1], use_memory)
-            states = tuple(layer.memory for layer in cache.layer_caches)
-            return ForwardContext(tokens, inputs_embeds, step, states, cache, open_segment)
+            return ForwardContext(tokens, inputs_embeds, step, cache.memories(), cache, None)
+        open_segment = None
         if cache is None:
             grid = build_grid(tokens, config.segment_length, attention_mask, document_ids, self.sequence_group)
             rule = get_memory_rule(config.memory_rule)
             empty = rule.empty_state(B, config.num_heads, config.head_dim, memory_dtype(self.dtype), device)
             states = (empty,) * len(self.h)
         else:
-            if attention_mask is None:
-                attention_mask = torch.ones_like(tokens)
+            attention_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
             N = 1 if tokens.shape[1] <= cache.free_slots() else None
             grid, open_segment = build_grid_after_cache(
                 cache.open_documents, cache.memory_document, attention_mask, document_ids, cache.packed, N
             )
-            states = tuple(layer.memory for layer in cache.layer_caches)
+            states = cache.memories()
         if not use_memory:
             grid = replace(grid, read_mask=torch.zeros_like(grid.read_mask))
         if memory_of is not None:

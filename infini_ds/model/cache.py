@@ -142,6 +142,9 @@ class InfiniCache(Cache):
             self._tokens = (filled + self.segment_length * (self.memory_document != NO_DOCUMENT)).tolist()
         return self._tokens
 
+    def memories(self) -> tuple[State, ...]:
+        return tuple(layer.memory for layer in self.layer_caches)
+
     def free_slots(self) -> int:
         """Return how many tokens certainly fit into every row's open segment."""
         return self.segment_length - max(tokens % self.segment_length for tokens in self.tokens())
@@ -341,3 +344,13 @@ class InfiniCache(Cache):
         for layer in self.layer_caches:
             B, H, _, D = layer.k.shape
             layer.memory = self.rule.empty_state(B, H, D, memory_dtype(layer.k.dtype), layer.k.device)
+
+
+def check_cache(cache: object, config: InfiniGPTNeoConfig, batch_size: int, dtype: torch.dtype) -> None:
+    """Raise a ValueError if this is not an `InfiniCache` of such a model and batch."""
+    if not isinstance(cache, InfiniCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, which holds keys and values of all tokens, and this "
+            "model keeps an InfiniCache: leave past_key_values away, or pass the one that this model returned"
+        )
+    cache.check(config, batch_size, dtype)
