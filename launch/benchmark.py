@@ -32,7 +32,7 @@ from infini_ds.benchmarks.tables import generation_table, profile_table, trainin
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
-from infini_ds.utils.paths import user_path
+from infini_ds.utils.paths import check_can_compile_cpp, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,6 +77,8 @@ def parse_arguments() -> argparse.Namespace:
             continue
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.compile and not torch.cuda.is_available():
+        check_can_compile_cpp("--compile")
     for contender in args.contenders:
         check_contender(contender)
         if args.generation and not is_infini(contender) and contender not in GENERATING:

@@ -21,6 +21,7 @@ from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.modeling import InfiniCausalLMOutput
 from infini_ds.training.optimizer_groups import parameter_groups
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.paths import check_can_compile_cpp
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with warnings.catch_warnings():
@@ -57,6 +58,7 @@ class Engine:
                 )
             optimizer: torch.optim.Optimizer = _muon(groups, choice.muon_momentum, settings)
         elif offloads:
+            check_can_compile_cpp(f"deepspeed={recipe.deepspeed} with offload_optimizer")
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             optimizer = DeepSpeedCPUAdam(groups, **settings, adamw_mode=True)

@@ -6,6 +6,7 @@ import torch
 
 from infini_ds.config.recipe import Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.utils.paths import check_can_compile_cpp
 from infini_ds.utils.pretrained import load_pretrained, read_config
 
 
@@ -24,6 +25,8 @@ def build_model(recipe: Recipe, config: InfiniGPTNeoConfig, schedule: BlockSched
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if recipe.model.compile:
+        if not torch.cuda.is_available():  # GPUs have kernels in Triton
+            check_can_compile_cpp("model.compile=true")
         model.compile_layers()
     return model
 
