@@ -44,15 +44,15 @@ format: $(INSTALLED)
 	@.venv/bin/python -m ruff format .
 
 # torch first and alone, since its own dependencies differ from machine to machine; then everything else, exactly as
-# locked; then the project itself, editable. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
+# locked; then the project itself, editable. -qq: errors alone, not pip's remarks on how packages are built. The lock leaves out what mosaicml-streaming asks for and nothing here uses: torchvision and the cloud SDKs.
 $(INSTALLED): requirements.lock setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.11" >&2; exit 2; }
 	@echo "=== installing into .venv (two to three minutes)"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements.lock
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Needs `uv`. lock-overrides.txt says what is left out.

@@ -19,6 +19,17 @@ MAX_GROWTH = 10.0
 MIN_COST = 1e-3  # nats a token by which the memory raises the validation loss; less is no reason to change anything
 
 
+def hint_on_slow_gates(recipe: Recipe) -> str | None:
+    """Return a sentence if the recipe trains its gates, but too slowly to leave their start; otherwise None."""
+    reach = gate_reach(recipe)
+    if not 0 < reach < MIN_REACH:
+        return None
+    return (
+        f"each gate can move by {reach:.2f} at most in all {recipe.steps} steps, so it stays near its start: more "
+        "steps or a larger optimizer.gate_learning_rate let it move"
+    )
+
+
 def gate_metrics(gates: Tensor) -> dict[str, float]:
     """Return the spread of all (layers, H) gates, and the share of them that is saturated, near 0 or 1."""
     saturated = (gates < SATURATION) | (gates > 1 - SATURATION)

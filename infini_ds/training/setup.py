@@ -6,7 +6,6 @@ from pathlib import Path
 
 from infini_ds.checkpoint import manager as checkpoints
 from infini_ds.checkpoint.manifest import TrainState, complete_checkpoints, read_manifest
-from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.config.resolve import ResolvedRun
 from infini_ds.config.resume import check_same_run
 from infini_ds.config.run_description import write_run_description
@@ -14,6 +13,7 @@ from infini_ds.data.skip_rows import SkipRows
 from infini_ds.data.streams import TrainingStream, ValidationRows
 from infini_ds.distributed.collectives import broadcast_from_rank_zero
 from infini_ds.distributed.signals import GracefulShutdown
+from infini_ds.metrics.memory_diagnostics import hint_on_slow_gates
 from infini_ds.model import SequenceGroup
 from infini_ds.planning.fitting_block import fitting_block
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
@@ -113,6 +113,7 @@ def log_summary(trainer: Trainer) -> None:
         f"{ranks} x {shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} "
         f"on {trainer.device.type}"
     )
-    logger.info(f"each gate can move by {gate_reach(recipe):.1f} at most in all steps of this recipe")
+    if hint := hint_on_slow_gates(recipe):
+        logger.info(hint)
     if trainer.latest_checkpoint:
         logger.info(f"resumed from {trainer.latest_checkpoint}: {trainer.state.tokens:,} tokens seen")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infini_ds.config.recipe import load_recipe
-from infini_ds.metrics.memory_diagnostics import MemoryDiagnostics, gate_metrics
+from infini_ds.metrics.memory_diagnostics import MemoryDiagnostics, gate_metrics, hint_on_slow_gates
 from infini_ds.metrics.metric_writers import MetricWriter
 
 ALIKE = {"memory/gate_spread": 0.001, "memory/gates_pinned": 0.0}
@@ -28,6 +28,15 @@ def test_each_problem_gets_one_warning():
     (warning,) = diagnostics.warnings(300, LOSS)
     assert "the memory raises the validation loss by 0.0100" in warning
     assert not diagnostics.warnings(400, LOSS)
+
+
+def test_gates_that_stay_near_their_start_get_a_hint():
+    fixed = load_recipe(None, ["output=/nowhere", *CHOICES, "optimizer.gate_learning_rate=0"])
+    short = load_recipe(None, ["output=/nowhere", *CHOICES, "steps=20", "schedule.warmup_steps=0"])
+    assert hint_on_slow_gates(load_recipe(None, ["output=/nowhere", *CHOICES])) is None  # 1,000 steps of 0.01
+    assert hint_on_slow_gates(fixed) is None
+    hint = hint_on_slow_gates(short)
+    assert hint and "at most in all 20 steps, so it stays near its start" in hint
 
 
 # Norm of M in layer 0 in a run of 240 steps (width 128, rows of 2,048 tokens, AdamW), two CPU cores, every 10 steps

@@ -22,6 +22,9 @@ for version in $versions; do
         # pip's remarks on what other packages of .venv require are expected: these versions are not the locked ones.
         "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "transformers==$version" 2> "$folder/pip.log" ||
             { cat "$folder/pip.log" >&2; exit 1; }
+        # What users combine with transformers, and the lock leaves out: their tests run here only (docs/compatibility.md).
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+            peft==0.21.2 accelerate==1.15.0 trl==1.16.0
         touch "$folder/.installed"
     fi
     echo "=== tests with transformers $version"
