@@ -5,7 +5,10 @@ and prints it.
 """
 
 import argparse
+import os
 import shlex
+import sys
+from pathlib import Path
 
 import torch
 
@@ -40,10 +43,15 @@ def next_commands(report: RunReport) -> list[str]:
     prompt = shlex.quote(" ".join(report.prompt.split()[:PROMPT_WORDS]))
     # By itself the deepspeed command starts a rank for each GPU; on the CPU one, whatever started the run.
     ranks = "" if torch.cuda.is_available() or report.ranks == 1 else f" --num_gpus {report.ranks}"
+    # The first line of DeepSpeed's own script breaks at a space in the environment's path.
+    deepspeed = "deepspeed" if " " not in sys.prefix else "python -m deepspeed.launcher.runner"
+    activate = Path(sys.prefix, "bin", "activate")
+    needs_activation = "VIRTUAL_ENV" not in os.environ and activate.is_file()  # as after `make pretrain`
     return [
+        *([f"source {shlex.quote(os.path.relpath(activate))}"] if needs_activation else []),
         f"python launch/generate.py {model} --prompt {prompt}",
         f"tensorboard --logdir {runs}",
-        f"deepspeed{ranks} launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
+        f"{deepspeed}{ranks} launch/pretrain.py --config {run}/recipe.yaml steps={2 * report.step}",
     ]
 
 

@@ -50,9 +50,13 @@ def test_quickstart_from_shards_to_report_and_again(clone, shards, tmp_path):
     first = quickstart(clone, *command).stdout
     ranks = max(n for n in (1, 2, 4) if n <= len(os.sched_getaffinity(0)))
     option = f" --num_gpus {ranks}" if ranks > 1 else ""
-    go_on = f"deepspeed{option} launch/pretrain.py --config 'my runs/quick'/recipe.yaml steps=12"
+    go_on = f"{option} launch/pretrain.py --config 'my runs/quick'/recipe.yaml steps=12"
     for words in (go_on, "=== training", "=== export", "validation loss", "with the memory off", "--- try next"):
         assert words in first, words
+    activate, *_, launcher = first.partition("--- try next\n")[2].partition(" launch/pretrain.py")[0].splitlines()
+    # From a shell without the environment, and with a path that has a space.
+    help_of_launcher = ["bash", "-ec", f"{activate}\n{launcher} --help"]
+    assert subprocess.run(help_of_launcher, cwd=clone, capture_output=True, text=True).stdout.startswith("usage: ")
     assert "text to shards" not in first and "=== text" not in first  # the data is not the default's
     for name in ("report.md", "loss_by_position.png", "export/model.safetensors", "checkpoints/step-000006"):
         assert (clone / "my runs" / "quick" / name).exists(), name
