@@ -52,9 +52,7 @@ def _hash_after(start: Tensor, ids: Tensor) -> Tensor:
 
 
 def _fingerprint(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> dict[str, object]:
-    names = (
-        *("segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"),
-    )
+    names = "segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"
     return {name: getattr(config, name) for name in names} | {"dtype": dtype}
 
 

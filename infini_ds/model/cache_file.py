@@ -18,9 +18,9 @@ import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from .memory import like_state
 from .memory_rule import state_tensors
 
 if TYPE_CHECKING:
@@ -85,9 +85,8 @@ def load_cache(cache_class: type[InfiniCache], path: str | Path, model: PreTrain
     cache = cache_class(cast("InfiniGPTNeoConfig", model.config), rows, model.dtype, device)
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
     for index, layer in enumerate(cache.layer_caches):
-        names, (_, structure) = state_tensors(layer.memory), tree_flatten(layer.memory)
-        memory = [on_device[f"layers.{index}.memory.{name}"] for name in names]
-        layer.memory = tree_unflatten(memory, structure)
+        memory = [on_device[f"layers.{index}.memory.{name}"] for name in state_tensors(layer.memory)]
+        layer.memory = like_state(layer.memory, memory)
         layer.k, layer.v = (on_device[f"layers.{index}.{name}"] for name in ("k", "v"))
     cache.open_documents, cache.memory_document = on_device["open_documents"], on_device["memory_document"]
     cache.first_ids = on_device["first_ids"]

@@ -187,8 +187,7 @@ def plan_step(config: InfiniGPTNeoConfig, cache: InfiniCache, T: int, use_memory
     elif any(count >= S for count in tokens):
         read_mask = (before != NO_DOCUMENT)[:, None, None]
     if config.position_embedding == "rotary":
-        cos, sin = rotary_angles(slots[:, None], config.head_dim, config.rotary_base)
-        angles = cos, sin
+        angles = rotary_angles(slots[:, None], config.head_dim, config.rotary_base)
     full, memory_document = _full_segments([slot + T == S for slot in first], documents, before)
     return DecodingStep(
         T=T,

@@ -47,13 +47,8 @@ class DeltaRule(AssociativeRule):
         updates = segment_updates(phi_k, v)
         z, z_after = prefix_sums(state.z, updates.z, memory_document)
         A = self._removals(phi_k, z, z_after)
-        M = [state.M.to(z.dtype)]
-        for s in range(phi_k.shape[1]):
-            before = M[-1]
-            if memory_document is not None:
-                before = before * (memory_document[:, s] == memory_document[:, s + 1])[:, None, None, None]
-            M.append(before - A[:, s] @ before + updates.M[:, s])
-        return MemoryState(torch.stack(M[:-1], dim=1), z), MemoryState(M[-1], z_after)
+        M, M_after = _recur(state.M.to(z.dtype), A, updates.M, memory_document)
+        return MemoryState(M, z), MemoryState(M_after, z_after)
 
     def write_divided(
         self,
@@ -72,20 +67,15 @@ class DeltaRule(AssociativeRule):
         A = self._removals(phi_k, z, z_span)
         D, own = k.shape[-1], group.of_span(memory_document)
         identity = torch.eye(D, dtype=z.dtype, device=z.device).expand_as(state.M)
-        PQ = [F.pad(identity, (0, D))]  # (B, H, D, 2 D): [P, Q] up to each segment of the span
-        added = F.pad(updates.M, (D, 0))
-        for s in range(phi_k.shape[1]):
-            before = PQ[-1]
-            if own is not None:
-                before = before * (own[:, s] == own[:, s + 1])[:, None, None, None]
-            PQ.append(before - A[:, s] @ before + added[:, s])
+        # [P, Q] up to each segment of the span, (B, n, H, D, 2 D), and of the span, (B, H, D, 2 D)
+        PQ, PQ_span = _recur(F.pad(identity, (0, D)), A, F.pad(updates.M, (D, 0)), own)
 
         def compose(memory: tuple[Tensor], span: tuple[Tensor, ...]) -> tuple[Tensor]:
             P, Q = span[0].split(D, dim=-1)
             return (P @ memory[0] + Q,)
 
-        (M_span,), (M_after,) = group.scan(compose, (state.M.to(z.dtype),), (PQ[-1],))
-        P, Q = torch.stack(PQ[:-1], dim=1).split(D, dim=-1)  # (B, n, H, D, D)
+        (M_span,), (M_after,) = group.scan(compose, (state.M.to(z.dtype),), (PQ_span,))
+        P, Q = PQ.split(D, dim=-1)  # (B, n, H, D, D)
         return MemoryState(P @ M_span[:, None] + Q, z), MemoryState(M_after, z_after)
 
     def _removals(self, phi_k: Tensor, z: Tensor, z_after: Tensor) -> Tensor:
@@ -104,6 +94,22 @@ class DeltaRule(AssociativeRule):
         E, S, D = config.hidden_size, config.segment_length, config.head_dim
         correction = E * D * (1 + D / S)  # A_s, and once a segment its product with M
         return super().flops_per_token(config) + correction
+
+
+def _recur(X: Tensor, A: Tensor, added: Tensor, memory_document: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return X_s = (I - A_s) X_{s-1} + added_s before each of N segments, (B, N, H, D, C), and after the last one.
+
+    Args:
+        X: (B, H, D, C) before the first segment; A: (B, N, H, D, D); added: (B, N, H, D, C).
+        memory_document: (B, N + 1), X is set to 0 where it changes. None: one document.
+    """
+    states = [X]
+    for s in range(A.shape[1]):
+        before = states[-1]
+        if memory_document is not None:
+            before = before * (memory_document[:, s] == memory_document[:, s + 1])[:, None, None, None]
+        states.append(before - A[:, s] @ before + added[:, s])
+    return torch.stack(states[:-1], dim=1), states[-1]
 
 
 register_memory_rule(DeltaRule("delta", bounded=True))

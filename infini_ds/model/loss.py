@@ -3,6 +3,8 @@
 Shapes: R rows (tokens), E width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,14 +24,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (R,)
     """
-
-    def chunk_losses(h: Tensor, t: Tensor) -> Tensor:
-        return _losses(F.linear(h, weight), t)
-
-    chunks = _chunks(weight, hidden, targets)
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
-    return torch.cat([chunk_losses(h, t) for h, t in chunks])
+    return _losses_in_chunks(lambda rows: F.linear(rows, weight), hidden, targets, len(weight))
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -41,7 +36,7 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _SummedLoss.apply(hidden, weight, targets)
-    return torch.stack([_losses(F.linear(h, weight), t).sum() for h, t in _chunks(weight, hidden, targets)]).sum()
+    return torch.stack([_losses(F.linear(h, weight), t).sum() for h, t in _chunks(len(weight), hidden, targets)]).sum()
 
 
 def plain_weight(layer: nn.Module, hidden: Tensor) -> Tensor | None:
@@ -67,15 +62,8 @@ def layer_losses(hidden: Tensor, layer: nn.Module, targets: Tensor, vocabulary: 
     Args:
         hidden: (R, E); targets: (R,); vocabulary: the number of logits, which decides the size of a chunk.
     """
-
-    def chunk_losses(h: Tensor, t: Tensor) -> Tensor:
-        return _losses(layer(h[None])[0], t)  # (1, R, E): added modules and hooks expect rows of tokens
-
-    rows = chunk_rows(vocabulary)
-    chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
-    return torch.cat([chunk_losses(h, t) for h, t in chunks])
+    # (1, R, E): added modules and hooks expect rows of tokens.
+    return _losses_in_chunks(lambda rows: layer(rows[None])[0], hidden, targets, vocabulary)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -83,9 +71,23 @@ def chunk_rows(vocabulary: int) -> int:
     return max(1, min(MAX_CHUNK_ROWS, MAX_CHUNK_LOGITS // vocabulary))
 
 
-def _chunks(weight: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def _chunks(vocabulary: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Return tensors of R rows each, split into the same chunks."""
-    return list(zip(*(x.split(chunk_rows(len(weight))) for x in tensors), strict=True))
+    return list(zip(*(x.split(chunk_rows(vocabulary)) for x in tensors), strict=True))
+
+
+def _losses_in_chunks(
+    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int
+) -> Tensor:
+    """Return the losses (R,). The backward pass computes a chunk's logits again, unless there is only one chunk."""
+
+    def chunk_losses(rows: Tensor, t: Tensor) -> Tensor:
+        return _losses(logits_of(rows), t)
+
+    chunks = _chunks(vocabulary, hidden, targets)
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk_losses, rows, t, use_reentrant=False) for rows, t in chunks])
+    return torch.cat([chunk_losses(rows, t) for rows, t in chunks])
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class _SummedLoss(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
             grad_hidden = torch.empty_like(h)
             grad_weight = torch.zeros_like(w, dtype=total.dtype)
-            chunks = _chunks(w, h, targets, grad_hidden)
+            chunks = _chunks(len(w), h, targets, grad_hidden)
             # All chunks share two buffers: allocating them for each chunk costs more time than the softmax.
             size = len(chunks[0][0]), len(w)
             logits, p = h.new_empty(size), h.new_empty(size, dtype=total.dtype)

@@ -4,12 +4,14 @@ Shapes: B batch, H heads, N segments, S tokens in a segment, D head size. The me
 precision of the model: summed in bf16, z is wrong by more than half after a thousand segments.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+StateT = TypeVar("StateT", bound=tuple[Tensor, ...])  # of any memory rule
 PREFIX_CHUNK = 16  # states whose prefix sums are one product; 8 and 32 are about as fast
 
 
@@ -18,6 +20,12 @@ class MemoryState(NamedTuple):
 
     M: Tensor  # (B, H, D, D) fp32: sum over tokens of phi(k)^T v
     z: Tensor  # (B, H, D) fp32: sum over tokens of phi(k), the normalization
+
+
+def like_state(state: StateT, tensors: Iterable[Tensor]) -> StateT:
+    """Return the tensors as a tuple of the state's type."""
+    make = getattr(type(state), "_make", type(state))  # of a NamedTuple
+    return make(tensors)
 
 
 def memory_dtype(model_dtype: torch.dtype) -> torch.dtype:

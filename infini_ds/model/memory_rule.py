@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .memory import MemoryState, retrieve
+from .memory import MemoryState, StateT, like_state, retrieve
 from .sequence_parallel import SequenceGroup
 
 if TYPE_CHECKING:
     from .configuration import InfiniGPTNeoConfig
 
 State: TypeAlias = tuple[Tensor, ...]
-StateT = TypeVar("StateT", bound=State)
 OptimizerGroup = Literal["decay", "no_decay", "gates"]
 
 
@@ -165,5 +164,4 @@ def map_state(function: Callable[..., Tensor], state: StateT, *others: StateT) -
 
     As `tree_map` does, in a fraction of its time, which counts for a single token.
     """
-    tensors = [function(*each) for each in zip(state, *others, strict=True)]
-    return cast(StateT, getattr(state, "_make", tuple)(tensors))
+    return like_state(state, [function(*each) for each in zip(state, *others, strict=True)])

@@ -147,12 +147,14 @@ class InfiniGPTNeoForCausalLM(InfiniGPTNeoPreTrainedModel, InfiniGenerationMixin
                 block_targets = targets[:, slots]
                 rows, row_targets = hidden.flatten(0, 1), block_targets.flatten()
                 weight = plain_weight(self.lm_head, rows)
-                if weight is None:
-                    loss = layer_losses(rows, self.lm_head, row_targets, self.config.vocab_size)
-                    loss = loss if loss_reduction == "none" else loss.sum()
+                if weight is not None and loss_reduction != "none":
+                    loss = summed_loss(rows, weight, row_targets)
                 else:
-                    loss = (token_losses if loss_reduction == "none" else summed_loss)(rows, weight, row_targets)
-                loss = loss.view(block_targets.shape) if loss_reduction == "none" else loss
+                    if weight is not None:
+                        losses = token_losses(rows, weight, row_targets)
+                    else:
+                        losses = layer_losses(rows, self.lm_head, row_targets, self.config.vocab_size)
+                    loss = losses.view(block_targets.shape) if loss_reduction == "none" else losses.sum()
             if columns is not None:
                 hidden = grid.at_columns(columns, hidden, slots)
             return loss, hidden if return_logits else None

@@ -16,15 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .memory import prefix_sums
-
-StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
+from .memory import StateT, like_state, prefix_sums
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class SequenceGroup:
             states.append(compose(states[-1], of_rank))
         # Stacked, so that the gathered tensors are used alike on all ranks.
         stacked = [torch.stack(tensors) for tensors in zip(*states, strict=True)]
-        before, after = (_like(state, [tensors[i] for tensors in stacked]) for i in (self.rank, self.size))
+        before, after = (like_state(state, [tensors[i] for tensors in stacked]) for i in (self.rank, self.size))
         return before, after
 
     @torch.compiler.disable
@@ -98,7 +95,7 @@ class SequenceGroup:
             of_spans, last = prefix_sums(x, spans.transpose(0, 1), ends)
             sums.append(prefix_sums(of_spans[:, self.rank], new, own))
             after.append(last)
-        return sums, _like(initial, after)
+        return sums, like_state(initial, after)
 
     def of_span(self, memory_document: Tensor | None) -> Tensor | None:
         """Return the part of a block's memory_document (B, N + 1) that belongs to this rank's span, (B, n + 1)."""
@@ -152,9 +149,3 @@ def _sum_of_last_document(terms: Tensor, memory_document: Tensor | None) -> Tens
         last = memory_document[:, 1:] == memory_document[:, -1:]
         terms = terms * last.view(*last.shape, *(1,) * (terms.ndim - 2))
     return terms.sum(1)
-
-
-def _like(state: StateT, tensors: list[Tensor]) -> StateT:
-    """Return the tensors as a tuple of the state's type."""
-    make = getattr(type(state), "_make", type(state))  # of a NamedTuple
-    return make(tensors)

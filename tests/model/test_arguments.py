@@ -206,7 +206,7 @@ def test_ids_and_embeddings_exclude_each_other():
             model(ids[0])
 
 
-# ---- token types, masks, positions, logits
+# ---- token types, masks, positions
 
 
 def test_token_types_are_ignored_if_they_are_0():
@@ -282,18 +282,11 @@ def test_other_positions_are_refused(positions):
         tiny_model()(random_ids(1, 4), position_ids=torch.tensor([positions]))
 
 
-def test_logits_of_given_positions():
-    model, ids = tiny_model(), random_ids(2, 9)
-    logits = model(ids).logits
-    positions = torch.tensor([0, 3, 8])
-    assert_close(model(ids, logits_to_keep=positions).logits, logits[:, positions], **exact)
-    assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:], **exact)
-
-
 def test_a_misspelled_argument_is_an_error():
     for model in models():
         with pytest.raises(TypeError, match="no argument atention_mask"):
             model(random_ids(2, 9), atention_mask=torch.ones(2, 9))
+        model(random_ids(2, 9), return_dict=True, output_attentions=False, cache_position=None)
 
 
 # ---- the Trainer

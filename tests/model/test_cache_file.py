@@ -145,7 +145,7 @@ def test_the_cache_of_another_model_is_refused(tmp_path):
         (tiny_model(memory_rule="delta"), "memory_rule=linear, and this model has memory_rule=delta"),
         (tiny_model(short_conv=2), "short_conv=0, and this model has short_conv=2"),
         (tiny_model(segment_length=S + 1), f"segment_length={S}, and this model has segment_length={S + 1}"),
-        (tiny_model(short_conv=2), "short_conv=0, and this model has short_conv=2"),
+        (tiny_model(layer_norm_epsilon=1e-3), "layer_norm_epsilon=1e-05, and this model has layer_norm_epsilon=0.001"),
         (tiny_model(window_size=2), "window_size=3, and this model has window_size=2"),
         (tiny_model(dtype=torch.float32), "dtype=float64, and this model has dtype=float32"),
     ):

@@ -107,12 +107,6 @@ def test_losses_over_several_chunks(checkpointing, monkeypatch):
         assert_close(gradients(loss, model), want_gradients, rtol=1e-7, atol=1e-7)
 
 
-def test_logits_to_keep():
-    model, ids = tiny_model(), random_ids(2, 11)
-    with torch.no_grad():
-        assert_close(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:], **exact)
-
-
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 39])
 def test_losses_equal_cross_entropy_at_every_chunk(rows, monkeypatch):
     torch.manual_seed(0)

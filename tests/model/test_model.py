@@ -95,10 +95,3 @@ def test_flex_attention_gives_what_a_mask_gives(device):
             loss = model(ids.to(device), document_ids=documents.to(device), labels=ids.to(device)).loss
         results.append((loss, gradients(loss, model) if device == "cuda" else {}))
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
-
-
-def test_a_misspelled_argument_is_rejected():
-    model, ids = tiny_model(), random_ids(1, 9)
-    with pytest.raises(TypeError, match="lables"):
-        model(ids, lables=ids)
-    model(ids, return_dict=True, output_attentions=False, cache_position=None)
