@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infini_ds.config.default_recipe import (
-    lacks_default_data,
+    data_to_prepare,
     load_recipe_or_default,
     needs_default,
     with_data_to_prepare,
@@ -51,7 +51,7 @@ def main() -> None:
     console = Console(highlight=False)
     problems = 0
     if recipe and environment.local_rank == 0:
-        prepares = needs_default(args.config, args.overrides) and lacks_default_data(recipe)
+        prepares = needs_default(args.config, args.overrides) and data_to_prepare(recipe) is not None
         if prepares:
             recipe = with_data_to_prepare(recipe)
         alone = environment.world_size == 1

@@ -87,7 +87,7 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
     """
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"deepspeed={path} is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         raise UserError(f"deepspeed={path} is not an object with an object zero_optimization: see {FOLDER}")
@@ -105,6 +105,12 @@ def deepspeed_config(path: Path, recipe: Recipe, shape: BatchShape, precision: s
         for key in config.get(group, {}) if isinstance(config.get(group, {}), dict) else ():
             if key not in known:
                 raise UserError(f"unknown key {group}.{key} in deepspeed={path}{_hint(key, known, f'{group}.')}")
+    offload = config.get("zero_optimization", {}).get("offload_optimizer")
+    if not isinstance(offload, dict | None):
+        raise UserError(
+            f"zero_optimization.offload_optimizer={json.dumps(offload)} in deepspeed={path} is not an object: write "
+            '{"device": "cpu"}'
+        )
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2):
         raise UserError(

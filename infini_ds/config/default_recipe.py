@@ -80,16 +80,16 @@ def default_data(recipe: Recipe) -> DefaultData | None:
     return None if recipe.data.streams else DEFAULT_DATA.get(str(recipe.data.path))
 
 
-def lacks_default_data(recipe: Recipe) -> bool:
-    """Return whether the recipe reads data that the project prepares by itself, and that are not prepared yet."""
+def data_to_prepare(recipe: Recipe) -> DefaultData | None:
+    """Return the data that the recipe reads, if the project prepares them by itself and they are not prepared yet."""
     data = default_data(recipe)
-    return data is not None and not data.is_prepared
+    return None if data is None or data.is_prepared else data
 
 
 def with_data_to_prepare(recipe: Recipe) -> Recipe:
     """Return a recipe that can be planned before the default's data are prepared: with their shapes."""
-    data = default_data(recipe)
-    if data is None or data.is_prepared:
+    data = data_to_prepare(recipe)
+    if data is None:
         return recipe
     plan = recipe.plan.model_copy(update={"sequence_length": recipe.plan.sequence_length or data.sequence_length})
     config = {"vocab_size": data.vocab_size, **recipe.model.config}
@@ -104,8 +104,8 @@ def prepare_default_data(recipe: Recipe, environment: DistEnv) -> None:
     Raises:
         UserError: the preparation failed, or its folder did not appear on this rank's node in time.
     """
-    data = default_data(recipe)
-    if data is None or data.is_prepared:
+    data = data_to_prepare(recipe)
+    if data is None:
         return
     by_hand = f"`python {' '.join(data.prepare)}`"
     if environment.is_rank_zero:

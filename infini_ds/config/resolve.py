@@ -124,9 +124,10 @@ def resolve(
 def _parallel_dims(recipe: Recipe, environment: DistEnv) -> ParallelDims:
     ranks, sequence = environment.world_size, recipe.parallel.sequence
     if ranks % sequence:
+        divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise UserError(
-            f"parallel.sequence={sequence} does not divide the number of ranks, {ranks}: give one of "
-            f"{', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}, or start a multiple of it"
+            f"parallel.sequence={sequence} does not divide the number of ranks, {ranks}: give one of {divisors}, or "
+            f"start a multiple of {sequence} ranks"
         )
     return ParallelDims(ranks, environment.rank, sequence)
 

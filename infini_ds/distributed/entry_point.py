@@ -1,5 +1,6 @@
 """The entry point of every script: error messages, exit codes, and what a rank prints when another one is lost."""
 
+import errno
 import os
 import re
 import select
@@ -19,13 +20,15 @@ from infini_ds.utils.logging import setup_logging
 SECONDS_FOR_RANK_ZERO = (5.0, 30.0)  # at least and at most, for which the other ranks wait before they print an error
 SECONDS_FOR_ROLL_CALL = 3.0
 STDOUT_CLOSED = 141  # 128 + SIGPIPE
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main()`, and turn its exceptions into messages and exit codes.
 
     A `UserError` is printed as its sentence, without a stack, with exit code 2; INFINI_DS_TRACEBACK=1 adds the stack.
-    If all ranks raise it, rank 0 prints it first, and the launcher then ends the other ranks.
+    If all ranks raise it, rank 0 prints it first, and the launcher then ends the other ranks. A full disk, which any
+    file may meet, is such an error too.
     Every other exception keeps its stack, with exit code 1. On one of several ranks it ends the process at once; if the
     cause is a rank that is gone, that rank is named instead.
     If the program that reads stdout has ended, as `head` does, so does this process, with a shell's exit code for it.
@@ -36,22 +39,28 @@ def run_main(main: Callable[[], None]) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            time.sleep(seconds_for_rank_zero(psutil.Process().create_time()))
-        if os.environ.get("INFINI_DS_TRACEBACK") == "1":
-            traceback.print_exception(error)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit_with_sentence(error, str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and stdout_has_no_reader():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
             sys.exit(STDOUT_CLOSED)
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            _exit_with_sentence(error, f"the disk is full ({error}): free some space, then give the same command again")
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         abort(error)
+
+
+def _exit_with_sentence(error: Exception, sentence: str) -> NoReturn:
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(seconds_for_rank_zero(psutil.Process().create_time()))
+    if os.environ.get("INFINI_DS_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"error: {sentence}" if rank == 0 else f"error on rank {rank}: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def seconds_for_rank_zero(started: float) -> float:

@@ -65,8 +65,31 @@ def position_losses(
         on_batch: called after each batch of this rank.
         abort: called before each batch, equally often on every rank; once it returns True, the result is None.
     """
+    distributed = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    total = None
+    batches = rows.batches(micro_rows, limit, rank, world_size)
+    rows_of_first_rank = math.ceil(min(limit or len(rows), len(rows)) / world_size)  # no rank has more
     with _evaluating(model):
-        return _position_losses(model, rows, limit, micro_rows, use_memory, on_batch, abort)
+        for _ in range(math.ceil(rows_of_first_rank / micro_rows)):
+            if abort():
+                return None
+            batch = next(batches, None)
+            if batch is None:  # another rank has one more
+                continue
+            T = batch.input_ids.shape[1]
+            if total is None:
+                total = torch.zeros(2, T - 1, dtype=torch.float64, device=model.device)
+            for part in batch.micro_batches(micro_rows, model.device):
+                output = model(**part, use_memory=use_memory, loss_reduction="none", return_logits=False)
+                total[0] += output.loss.double().sum(0)
+                total[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum(0)
+            on_batch()
+    if total is None:  # fewer rows than ranks
+        total = torch.zeros(2, len(rows[0]["input_ids"]) - 1, dtype=torch.float64, device=model.device)
+    if distributed:
+        dist.all_reduce(total)
+    return PositionLosses(*total.cpu())
 
 
 @contextmanager
@@ -84,38 +107,3 @@ def _evaluating(model: InfiniGPTNeoForCausalLM) -> Iterator[None]:
     finally:
         model.train(was_training)
         model.sequence_group = group
-
-
-def _position_losses(
-    model: InfiniGPTNeoForCausalLM,
-    rows: ValidationRows,
-    limit: int | None,
-    micro_rows: int,
-    use_memory: bool,
-    on_batch: Callable[[], None],
-    abort: Callable[[], bool],
-) -> PositionLosses | None:
-    distributed = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    total = None
-    batches = rows.batches(micro_rows, limit, rank, world_size)
-    rows_of_first_rank = math.ceil(min(limit or len(rows), len(rows)) / world_size)  # no rank has more
-    for _ in range(math.ceil(rows_of_first_rank / micro_rows)):
-        if abort():
-            return None
-        batch = next(batches, None)
-        if batch is None:  # another rank has one more
-            continue
-        T = batch.input_ids.shape[1]
-        if total is None:
-            total = torch.zeros(2, T - 1, dtype=torch.float64, device=model.device)
-        for part in batch.micro_batches(micro_rows, model.device):
-            output = model(**part, use_memory=use_memory, loss_reduction="none", return_logits=False)
-            total[0] += output.loss.double().sum(0)
-            total[1] += (part["labels"][:, 1:] != IGNORE_INDEX).sum(0)
-        on_batch()
-    if total is None:  # fewer rows than ranks
-        total = torch.zeros(2, len(rows[0]["input_ids"]) - 1, dtype=torch.float64, device=model.device)
-    if distributed:
-        dist.all_reduce(total)
-    return PositionLosses(*total.cpu())

@@ -6,8 +6,9 @@ WARNING on. Tables and other results of a command are printed, and not logged.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -64,13 +65,25 @@ def use_new_console() -> None:
     console.stderr = stderr
 
 
+class _LogFile(logging.FileHandler):
+    """A file that loses messages while its disk is full. They are on the terminal too, and do not end a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Append this process's messages to `path` too, with time, level and rank, while the block runs.
 
     An exception that ends the block is logged there: a UserError as its sentence, any other one with its stack.
     """
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(FILE_FORMAT))
     handler.addFilter(_RankFilter())
     loggers = [logging.getLogger(name) for name in PACKAGES]

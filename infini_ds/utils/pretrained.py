@@ -24,7 +24,10 @@ from infini_ds.utils.errors import UserError, first_line
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
-    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.json")
 LFS_POINTER = b"version https://git-lfs"

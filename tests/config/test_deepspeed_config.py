@@ -47,6 +47,10 @@ def test_shipped_deepspeed_json_is_sound(path, precision):
     [
         ({"zero_optimisation": {}}, ["unknown key zero_optimisation", "did you mean zero_optimization?"]),
         ({"zzz": 1}, ["unknown key zzz", "known are aio, bf16"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            ['offload_optimizer="cpu"', "is not an object"],
+        ),
         ({"fp16": {"enabled": True}}, ["fp16 in deepspeed=", "bf16 or fp32, by precision="]),
         ({"bfloat16": {}}, ["bfloat16 in deepspeed=", "write that"]),
         ({"optimizer": {"type": "AdamW"}}, ["optimizer in deepspeed=", "optimizer.learning_rate"]),
@@ -78,10 +82,10 @@ def test_mistakes_get_a_sentence(change, words, tmp_path):
     assert "\n" not in sentence and all(word in sentence for word in [*words, str(file)]), sentence
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"zero"'])
+@pytest.mark.parametrize("text", ["{", "[]", '"zero"', "\udcff{}"])
 def test_a_file_that_is_no_json_object_gets_a_sentence(text, tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     recipe = load_recipe(None, ["batch.rows=4"])
     with pytest.raises(UserError, match=r"is not (JSON|an object)"):
         deepspeed_config(file, recipe, batch_shape(recipe.batch, 256, 1), "fp32")

@@ -9,10 +9,12 @@ from harness import start_ranks
 from infini_ds.distributed.entry_point import seconds_for_rank_zero
 
 SCRIPT = """
-import os, sys
+import logging, os, sys
+from pathlib import Path
 import numpy, torch.distributed
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.logging import log_to_file
 
 def main():
     kind, failing = sys.argv[1:]
@@ -21,6 +23,12 @@ def main():
     if os.environ["RANK"] in failing:
         if kind == "UserError":
             raise UserError("steps=0: give steps=1 or more")
+        if kind == "full":  # the log, of which the run is independent, and a file that it needs
+            logger = logging.getLogger("infini_ds.script")
+            with log_to_file(Path("/dev/full")), open("/dev/full", "w") as file:
+                logger.info("step 1")
+                file.write("metrics")
+                file.flush()
         numpy.zeros(3) + numpy.zeros(4)
     torch.distributed.barrier()
 
@@ -43,6 +51,11 @@ def test_one_rank(script, monkeypatch):
         return rank.returncode, output
 
     assert run("UserError") == (2, SENTENCE)
+    code, output = run("full")
+    assert code == 2 and output == (
+        "step 1\nerror: the disk is full ([Errno 28] No space left on device): free some space, then give the same "
+        "command again\n"
+    )
     code, output = run("ValueError")
     assert code == 1 and SHAPES in output and "in main" in output and "error on rank" not in output
     monkeypatch.setenv("INFINI_DS_TRACEBACK", "1")
