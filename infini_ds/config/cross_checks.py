@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.synthetic.specs import parse_task
 from infini_ds.config.sections import DataSection, Recipe
+from infini_ds.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,16 @@ def find_conflict(recipe: Recipe) -> Conflict | None:
         return Conflict(
             ("deepspeed",), f"deepspeed={recipe.deepspeed} is not a file: give a DeepSpeed JSON file, or auto"
         )
-    return _find_conflict_of_streams(recipe.data)
+    return _find_conflict_of_recall(recipe) or _find_conflict_of_streams(recipe.data)
+
+
+def _find_conflict_of_recall(recipe: Recipe) -> Conflict | None:
+    for task in recipe.validation.recall_tasks:
+        try:
+            parse_task(task)
+        except UserError as error:
+            return Conflict(("validation.recall",), f"validation.recall={recipe.validation.recall}: {error}")
+    return None
 
 
 def _find_conflict_of_streams(data: DataSection) -> Conflict | None:

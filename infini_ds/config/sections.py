@@ -55,6 +55,11 @@ Interval = Annotated[int, Field(ge=1)] | Share
 SEED_LIMIT = 2**31  # epochs and ranks are added to a seed, and NumPy has to take the sum
 
 
+def split_tasks(text: str | None) -> tuple[str, ...]:
+    """Return the recall tasks of "TASK+TASK", each once; none for null."""
+    return () if text is None else tuple(dict.fromkeys(text.split("+")))
+
+
 def _part(share: str, steps: int) -> Fraction:
     return Fraction(share[:-1]) / 100 * steps
 
@@ -242,6 +247,17 @@ class ValidationSection(Section):
     rows: int = key(
         32, "validation rows that are read, from the first on; all, if there are fewer", ge=1, resumable=True
     )
+    recall: str | None = key(
+        None,
+        "recall tasks whose accuracy each validation measures, such as pairs,first=key,distance=512; + joins several",
+        resumable=True,
+    )
+    recall_examples: int = key(64, "examples of each recall task", ge=1, resumable=True)
+
+    @property
+    def recall_tasks(self) -> tuple[str, ...]:
+        """The recall tasks, one by one."""
+        return split_tasks(self.recall)
 
     def interval(self, steps: int) -> int:
         """Return the steps between validations, in a run of so many; 0: never."""

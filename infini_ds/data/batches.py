@@ -192,3 +192,18 @@ def pad_documents(documents: list[list[int]]) -> Batch:
     attention_mask = torch.arange(T) < torch.tensor([len(ids) for ids in documents])[:, None]
     labels = input_ids.masked_fill(~attention_mask, IGNORE_INDEX)
     return Batch.from_tensors(input_ids, labels, attention_mask.long())
+
+
+def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Return the indices of rows in batches of rows of similar length.
+
+    A batch has up to `batch_tokens` tokens, padding included, or a single row.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from infini_ds.evaluation.scoring import batches_by_length
+from infini_ds.data.batches import batches_by_length
 from infini_ds.utils.errors import UserError, first_line
 from infini_ds.utils.progress import ProgressBar
 

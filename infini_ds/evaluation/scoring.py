@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from infini_ds.data.batches import Batch, ModelInputs, pad_documents
 from infini_ds.evaluation.model_loading import has_memory
 from infini_ds.model.loss import IGNORE_INDEX
+from infini_ds.training.recall import Span, grade_answers, likeliest_tokens
 
 MEMORY_SETTINGS = ("on", "off", "other")  # the memory as it is, switched off, and that of another document
 MAX_LOGITS = 2**27  # that exist at a time in models that return all of them: 512 MiB in fp32
 DEFAULT_SEGMENT = 128  # tokens in a segment, for models that have none
-Span = tuple[int, int]  # tokens [begin, end) of a row
 
 
 def memory_settings(model: PreTrainedModel) -> tuple[str, ...]:
@@ -33,21 +33,6 @@ def context_length(model: PreTrainedModel) -> int | None:
 def segment_length(model: PreTrainedModel) -> int:
     """Return the tokens in a segment of the model, or what counts as one for a model without segments."""
     return model.config.segment_length if has_memory(model) else DEFAULT_SEGMENT
-
-
-def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Return the indices of rows in batches of rows of similar length.
-
-    A batch has up to `batch_tokens` tokens, padding included, or a single row.
-    """
-    batches: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
-            batches.append([])
-            longest = lengths[index]
-        batches[-1].append(index)
-    return batches
 
 
 @torch.no_grad()
@@ -128,18 +113,14 @@ def greedy_answers(
         batch, memory, other: as for `token_losses`.
         answers: where the answers of each row are.
     """
-    places = [(row, at) for row, spans in enumerate(answers) for begin, end in spans for at in range(begin, end)]
-    rows, positions = torch.tensor(places).unbind(1)
-    if has_memory(model):
-        inputs, options = _with_other(model, batch, memory, other)
-        without_labels = {name: values for name, values in inputs.items() if name != "labels"}
-        hidden = model.transformer(**without_labels, **options).last_hidden_state
-        predicted = model.lm_head(hidden[rows, positions - 1]).argmax(-1).cpu()
-    else:
-        predicted = _predictions_in_window(model, batch, answers)[rows, positions - 1]
-    matches = (predicted == batch.input_ids[rows, positions]).tolist()
-    correct = {place for place, match in zip(places, matches, strict=True) if match}
-    return [[all((row, at) in correct for at in range(*span)) for span in spans] for row, spans in enumerate(answers)]
+
+    def predict(rows: Tensor, positions: Tensor) -> Tensor:
+        if has_memory(model):
+            inputs, options = _with_other(model, batch, memory, other)
+            return likeliest_tokens(model, inputs, rows, positions, **options)
+        return _predictions_in_window(model, batch, answers)[rows, positions - 1]
+
+    return grade_answers(batch.input_ids, answers, predict)
 
 
 def _predictions_in_window(model: PreTrainedModel, batch: Batch, answers: list[list[Span]]) -> Tensor:

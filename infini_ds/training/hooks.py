@@ -15,6 +15,7 @@ from infini_ds.distributed.async_gather import AsyncGather
 from infini_ds.model.memory_rule import State
 
 if TYPE_CHECKING:
+    from infini_ds.training.recall import RecallAccuracy
     from infini_ds.training.stability import RollbackReason
     from infini_ds.training.trainer import Trainer
 
@@ -77,6 +78,9 @@ class Hook:
 
     def after_validation(self, trainer: Trainer, loss: float, loss_memory_off: float, gain_error: float) -> None:
         """After a validation that has not been aborted. gain_error: standard error of loss_memory_off - loss."""
+
+    def after_recall(self, trainer: Trainer, accuracies: Sequence[RecallAccuracy]) -> None:
+        """After `after_validation`, if the recipe asks for recall: the accuracy on each of its tasks."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """After the step's validation, if one is due. Not called for a step that leads to a rollback."""

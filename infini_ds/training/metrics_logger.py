@@ -1,6 +1,8 @@
 """Logs training and validation metrics and throughput."""
 
 import logging
+import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from infini_ds.metrics.memory_diagnostics import MemoryDiagnostics, gate_metrics
@@ -9,6 +11,7 @@ from infini_ds.metrics.throughput import ThroughputMeter
 from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.planning.hardware import memory_in_use, peak_flops
 from infini_ds.training.hooks import Hook, Step
+from infini_ds.training.recall import RecallAccuracy
 from infini_ds.training.stability import RollbackReason
 from infini_ds.training.trainer import Trainer
 from infini_ds.utils.progress import ProgressBar
@@ -58,6 +61,14 @@ class MetricsLogger(Hook):
         figures = {"validation/loss": loss, "validation/loss_memory_off": loss_memory_off}
         gain = {"validation/gained_by_memory": loss_memory_off - loss, "validation/gain_standard_error": gain_error}
         self._record(trainer, figures | gain)
+
+    def after_recall(self, trainer: Trainer, accuracies: Sequence[RecallAccuracy]) -> None:
+        figures: dict[str, float] = {}
+        for found in accuracies:
+            trainer.log(f"recall {found.on:.3f}, with the memory off {found.off:.3f} ({found.task})")
+            tag = re.sub(r"[^\w.-]", "_", found.task)  # TensorBoard takes no other characters
+            figures |= {f"validation/recall/{tag}": found.on, f"validation/recall_memory_off/{tag}": found.off}
+        self._record(trainer, figures)
 
     def on_rollback(self, trainer: Trainer, reason: RollbackReason) -> None:
         self.progress.rewind(trainer.state.step)

@@ -24,10 +24,12 @@ from infini_ds.training.gradient_check import GradientCheck
 from infini_ds.training.hooks import Hook
 from infini_ds.training.metrics_logger import MetricsLogger
 from infini_ds.training.model_builder import build_model, set_matmul_precision
+from infini_ds.training.recall import RecallExamples, draw_examples
 from infini_ds.training.stability import Stability
 from infini_ds.training.trainer import Trainer
 from infini_ds.utils.counts import short_count
 from infini_ds.utils.errors import UserError
+from infini_ds.utils.pretrained import load_tokenizer_files
 from infini_ds.utils.rng import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
         schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, run.environment))
     if dims.rank == 0:
         write_run_description(run)
+    examples = recall_examples(run)
     stability = Stability(recipe)
     with one_start_at_a_time(run.environment.local_rank == 0):
         stream = TrainingStream(
@@ -78,8 +81,8 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     hooks: list[Hook] = [stability, MetricsLogger(), Checkpointing()]
     if recipe.stability.check_gradients:
         hooks.append(GradientCheck())
-    batches = SkipRows(stream, stability.rows_to_skip)
-    trainer = Trainer(run, engine, batches, validation, state, shutdown or GracefulShutdown(), newest, hooks)
+    batches, shutdown = SkipRows(stream, stability.rows_to_skip), shutdown or GracefulShutdown()
+    trainer = Trainer(run, engine, batches, validation, state, shutdown, newest, hooks, examples)
     log_summary(trainer)
     return trainer
 
@@ -99,6 +102,24 @@ def newest_checkpoint(run: ResolvedRun) -> Path | None:
         assert run.data_fingerprint is not None, "training needs data"
         check_same_run(recipe, run.data_fingerprint)
     return checkpoints.newest_intact(recipe.folder)
+
+
+def recall_examples(run: ResolvedRun) -> dict[str, RecallExamples]:
+    """Return the examples of each recall task that validations measure, in the tokens of the data.
+
+    Raises:
+        UserError: the tokenizer splits every word of the filler.
+    """
+    choice, source = run.recipe.validation, run.sources[0]
+    if not choice.recall_tasks:
+        return {}
+    folder = source.folder / "tokenizer"
+    tokenizer = load_tokenizer_files(folder, f"{source.option}={source.folder}")
+    start_id = source.manifest.tokenizer.start_id
+    try:
+        return draw_examples(choice.recall_tasks, choice.recall_examples, tokenizer, start_id)
+    except UserError as error:
+        raise UserError(f"validation.recall={choice.recall}: {str(error).removeprefix('recall: ')}") from error
 
 
 def log_summary(trainer: Trainer) -> None:

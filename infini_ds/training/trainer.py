@@ -1,7 +1,7 @@
 """The training loop."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from infini_ds.distributed.async_gather import AsyncGather
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.hooks import Hook, Step
+from infini_ds.training.recall import RecallAccuracy, RecallExamples, measure_recall
 from infini_ds.training.validation import PositionLosses, gain_standard_error, position_losses
 
 if TYPE_CHECKING:  # imports DeepSpeed, which takes seconds
@@ -41,6 +42,7 @@ class Trainer:
     shutdown: GracefulShutdown
     latest_checkpoint: Path | None  # of this run; None before the first one
     hooks: Sequence[Hook]  # called in this order
+    recall_examples: Mapping[str, RecallExamples] = field(default_factory=dict)  # of each task that is measured
     data_state: dict[str, Any] = field(default_factory=dict)  # the stream's position after this step
 
     def fit(self) -> bool:
@@ -175,7 +177,7 @@ class Trainer:
         self.shutdown.agreed = self.shutdown.agreed or step.figures.stop_signal
 
     def validate_if_due(self) -> None:
-        """Measure the loss on the validation rows with and without the memory.
+        """Measure the loss on the validation rows, and the recall that is asked for, with and without the memory.
 
         Aborted, without a result, when a stop is requested.
         """
@@ -183,6 +185,10 @@ class Trainer:
         is_due = every > 0 and state.validated != state.step and (state.step % every == 0 or self.is_complete)
         if not is_due or self.shutdown.agreed:
             return
+
+        def abort() -> bool:
+            return self.shutdown.agree(self.device)
+
         measured: list[PositionLosses] = []
         for use_memory in (True, False):
             losses = position_losses(
@@ -191,15 +197,23 @@ class Trainer:
                 self.recipe.validation.rows,
                 self.run.batch_shape.micro_rows,
                 use_memory,
-                abort=lambda: self.shutdown.agree(self.device),
+                abort=abort,
             )
             if losses is None:
                 return
             measured.append(losses)
+        recall: list[RecallAccuracy] = []
+        for examples in self.recall_examples.values():
+            accuracy = measure_recall(self.model, examples, abort)
+            if accuracy is None:
+                return
+            recall.append(accuracy)
         on, off = measured
         state.validated, state.validation_loss = state.step, on.mean
         error = gain_standard_error(on, off, self.model.config.segment_length)
         self.call(Hook.after_validation, on.mean, off.mean, error)
+        if recall:
+            self.call(Hook.after_recall, recall)
 
     def restore(self, checkpoint: Path, rows_to_skip: Collection[int]) -> None:
         """Load a checkpoint of this run, and skip rows from then on."""

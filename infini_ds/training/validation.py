@@ -70,7 +70,7 @@ def position_losses(
     total = None
     batches = rows.batches(micro_rows, limit, rank, world_size)
     rows_of_first_rank = math.ceil(min(limit or len(rows), len(rows)) / world_size)  # no rank has more
-    with _evaluating(model):
+    with evaluating(model):
         for _ in range(math.ceil(rows_of_first_rank / micro_rows)):
             if abort():
                 return None
@@ -93,7 +93,7 @@ def position_losses(
 
 
 @contextmanager
-def _evaluating(model: InfiniGPTNeoForCausalLM) -> Iterator[None]:
+def evaluating(model: InfiniGPTNeoForCausalLM) -> Iterator[None]:
     """Switch to evaluation of complete rows while the block runs.
 
     Ranks that share rows in training then read different ones: nothing is exchanged, and without gradients the memory

@@ -19,6 +19,8 @@ from infini_ds.utils.errors import UserError
         (["checkpoint.keep_best=true", "validation.every=300"], ["checkpoint.every=500", "validation.every=300"]),
         (["checkpoint.keep_best=true", "validation.every=30%"], ["checkpoint.every=500", "every=30% (300 steps)"]),
         (["stability.on_spike=roll_back", "stability.spike_sigmas=0"], ["no loss is a spike", "on_spike=flag"]),
+        (["validation.recall=pairs+words"], ["validation.recall=pairs+words: unknown task 'words'"]),
+        (["validation.recall=pairs,pears=3"], ["validation.recall=pairs,pears=3", "did you mean pairs?"]),
         (["deepspeed=nowhere.json"], ["deepspeed=nowhere.json is not a file"]),
         (["data.path=x", "data.streams=[{path: a}]"], ["data.path=x and data.streams are both given"]),
         (["data.streams=[{path: a, proportion: 1}, {path: b}]"], ["data.streams[1].proportion=null", "or none"]),

@@ -8,11 +8,11 @@ import torch
 from harness import ROOT, call_script
 from torch.testing import assert_close
 
-from infini_ds.data.batches import pad_documents
+from infini_ds.data.batches import batches_by_length, pad_documents
 from infini_ds.evaluation.evaluation_file import read_evaluation
 from infini_ds.evaluation.minimal_pairs import Paradigm, read_paradigms
 from infini_ds.evaluation.model_loading import load_evaluated_model
-from infini_ds.evaluation.scoring import batches_by_length, token_losses
+from infini_ds.evaluation.scoring import token_losses
 from infini_ds.evaluation.tasks.blimp import compute_accuracy, sentence_ids
 from infini_ds.utils.errors import UserError
 

@@ -17,12 +17,12 @@ from statistics import fmean
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from infini_ds.data.batches import pad_documents
+from infini_ds.data.batches import batches_by_length, pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.minimal_pairs import Paradigm, read_paradigms
 from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.plots import MEMORY_COLORS, plt, save_figure
-from infini_ds.evaluation.scoring import batches_by_length, token_losses
+from infini_ds.evaluation.scoring import token_losses
 from infini_ds.evaluation.tables import new_table
 from infini_ds.evaluation.task import (
     DataFacts,

@@ -16,12 +16,12 @@ from data_prep.synthetic.examples import IntRange
 from data_prep.synthetic.specs import parse_task
 from data_prep.synthetic.tasks import KeyValueTask, Pairs, Passkey, RecallTask
 from data_prep.synthetic.words import KEYS
-from infini_ds.data.batches import pad_documents
+from infini_ds.data.batches import batches_by_length, pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.accuracy import DEPTHS, AccuracyResult, AccuracyTask, Point, Scores, score_points
 from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.plots import plt, save_figure
-from infini_ds.evaluation.scoring import batches_by_length, greedy_answers, memory_settings, segment_length
+from infini_ds.evaluation.scoring import greedy_answers, memory_settings, segment_length
 from infini_ds.evaluation.task import EvaluationContext, integer, register_task
 from infini_ds.utils.errors import UserError
 
