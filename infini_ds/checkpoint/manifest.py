@@ -30,6 +30,9 @@ class TrainState:
         losses: number of losses that the next two are taken over.
         loss_mean: mean of recent losses.
         loss_variance: variance of recent losses.
+        stage: number of the stage of the curriculum that the next step belongs to, from 0.
+        stage_start: step after which it began.
+        recall: accuracy that the end of the stage depends on, at the last validation; None if none was measured.
     """
 
     step: int = 0
@@ -40,6 +43,9 @@ class TrainState:
     losses: int = 0
     loss_mean: float = 0.0
     loss_variance: float = 0.0
+    stage: int = 0
+    stage_start: int = 0
+    recall: float | None = None
 
 
 @dataclass(frozen=True)

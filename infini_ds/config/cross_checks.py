@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.synthetic.specs import parse_task
+from infini_ds.config.key_types import split_tasks
 from infini_ds.config.sections import DataSection, Recipe
 from infini_ds.utils.errors import UserError
 
@@ -68,15 +69,57 @@ def find_conflict(recipe: Recipe) -> Conflict | None:
         return Conflict(
             ("deepspeed",), f"deepspeed={recipe.deepspeed} is not a file: give a DeepSpeed JSON file, or auto"
         )
-    return _find_conflict_of_recall(recipe) or _find_conflict_of_streams(recipe.data)
+    return (
+        _find_conflict_of_recall("validation.recall", validation.recall)
+        or _find_conflict_of_streams(recipe.data)
+        or _find_conflict_of_curriculum(recipe)
+    )
 
 
-def _find_conflict_of_recall(recipe: Recipe) -> Conflict | None:
-    for task in recipe.validation.recall_tasks:
+def _find_conflict_of_recall(key: str, recall: str | None, given: str | None = None) -> Conflict | None:
+    """Return the first task of `recall` that does not exist. given: the key that holds `key`, if that is in a list."""
+    for task in split_tasks(recall):
         try:
             parse_task(task)
         except UserError as error:
-            return Conflict(("validation.recall",), f"validation.recall={recipe.validation.recall}: {error}")
+            return Conflict((given or key,), f"{key}={recall}: {error}")
+    return None
+
+
+def _find_conflict_of_curriculum(recipe: Recipe) -> Conflict | None:
+    data, validation = recipe.data, recipe.validation
+    given = "data.curriculum"
+    for other, is_given in (("data.path", data.path != DataSection().path), ("data.streams", bool(data.streams))):
+        if data.curriculum and is_given:
+            value = f"data.path={data.path}" if other == "data.path" else other
+            return Conflict(
+                (other, given), f"{value} and data.curriculum are both given: name all folders in the stages of one"
+            )
+    for number, stage in enumerate(data.curriculum):
+        name, is_last = f"{given}[{number}]", number == len(data.curriculum) - 1
+        ends = {"steps": stage.steps, "until": stage.until}
+        if is_last and (key := next((key for key in ends if ends[key] is not None), None)):
+            return Conflict(
+                (given,), f"{name}.{key}={ends[key]}, but the last stage lasts until steps={recipe.steps}: leave it out"
+            )
+        if not is_last and stage.steps is None and stage.until is None:
+            return Conflict(
+                (given,), f"{name}.path={stage.path} has neither steps nor until, so it would not end: give one of them"
+            )
+        if stage.until is not None and not stage.recall and not validation.recall:
+            return Conflict(
+                (given,),
+                f"{name}.until={stage.until}, but no recall is measured: give validation.recall, such as "
+                "validation.recall=pairs,distance=512, or the stage a recall of its own",
+            )
+        if stage.until is not None and validation.interval(recipe.steps) == 0:
+            return Conflict(
+                (given, "validation.every"),
+                f"{name}.until={stage.until} with validation.every=0: recall is measured by validations, so give "
+                "the steps between them",
+            )
+        if conflict := _find_conflict_of_recall(f"{name}.recall", stage.recall, given):
+            return conflict
     return None
 
 

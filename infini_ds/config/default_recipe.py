@@ -77,7 +77,7 @@ def load_recipe_or_default(config: str | None, overrides: Sequence[str]) -> Reci
 
 def default_data(recipe: Recipe) -> DefaultData | None:
     """Return the data that the recipe reads, if the project prepares them by itself."""
-    return None if recipe.data.streams else DEFAULT_DATA.get(str(recipe.data.path))
+    return None if recipe.data.streams or recipe.data.curriculum else DEFAULT_DATA.get(str(recipe.data.path))
 
 
 def data_to_prepare(recipe: Recipe) -> DefaultData | None:

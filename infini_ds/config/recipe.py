@@ -18,6 +18,7 @@ from infini_ds.config.sections import (
     Recipe,
     ScheduleSection,
     StabilitySection,
+    StageSection,
     StreamSection,
     ValidationSection,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Recipe",
     "ScheduleSection",
     "StabilitySection",
+    "StageSection",
     "StreamSection",
     "ValidationSection",
     "load_recipe",
@@ -46,7 +48,11 @@ RENAMED = {
     "stability.skipped_in_a_row": "stability.max_consecutive_skips",
     "stability.roll_backs": "stability.max_rollbacks",
 }
-ALTERNATIVES = (("data.path", "data.streams"),)
+ALTERNATIVES = (
+    ("data.path", "data.streams"),
+    ("data.path", "data.curriculum"),
+    ("data.streams", "data.curriculum"),
+)
 # What other projects call a key, for hints.
 SYNONYMS = {
     "lr": "optimizer.learning_rate",

@@ -5,7 +5,8 @@ run = resolve(load_recipe("launch/recipes/tiny-cpu.yaml"), detect_environment())
 Training, planning and the doctor share this function, so that they accept and refuse the same recipes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from infini_ds.config.batch_shape import BatchShape, batch_shape
 from infini_ds.config.deepspeed_config import deepspeed_config, default_file
 from infini_ds.config.model_config import block_schedule, check_vocabulary, model_config
 from infini_ds.config.recipe import Recipe
-from infini_ds.config.training_data import check_cache_limit, find_sources
+from infini_ds.config.stages import ResolvedStage, stage_ends
+from infini_ds.config.training_data import check_cache_limit, find_sources, find_stages
 from infini_ds.data.cache_limit import PREFETCH_BATCHES
 from infini_ds.data.fingerprint import fingerprint
 from infini_ds.data.sources import DataSource
@@ -35,30 +37,56 @@ class ResolvedRun:
 
     Attributes:
         dims: how the ranks are arranged.
-        sources: the prepared data, a source for each stream; empty if it was neither found nor required.
-        sequence_length: tokens of a row.
-        batch_shape: how the rows of a step are divided.
+        stages: what is read; a single one without a curriculum.
         precision: "fp32" or "bf16".
-        deepspeed: the configuration for `deepspeed.initialize`, without "auto".
         model_config: the model's configuration, with the vocabulary of the data if there are sources.
         block_schedule: the model's runtime schedule. `segments_per_block` is None for the recipe's "auto", which
             depends on the memory that is free when the run starts.
         data_fingerprint: what determines which rows are trained on and in which order; None without sources.
         cache_limit: bytes that training shards may take in the cache; None for no limit.
+        stage: number of the stage, from 0, whose data and batch the properties below are; first stage first.
     """
 
     recipe: Recipe
     environment: DistEnv
     dims: ParallelDims
-    sources: tuple[DataSource, ...]
-    sequence_length: int
-    batch_shape: BatchShape
+    stages: tuple[ResolvedStage, ...]
     precision: str
-    deepspeed: dict[str, Any]
     model_config: InfiniGPTNeoConfig
     block_schedule: BlockSchedule
     data_fingerprint: dict[str, Any] | None
     cache_limit: int | None
+    stage: int = 0
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        return self.stages[self.stage].sources
+
+    @property
+    def sequence_length(self) -> int:
+        return self.stages[self.stage].sequence_length
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        return self.stages[self.stage].batch_shape
+
+    @property
+    def deepspeed(self) -> dict[str, Any]:
+        return self.stages[self.stage].deepspeed
+
+    @property
+    def all_sources(self) -> tuple[DataSource, ...]:
+        """The data of all stages."""
+        return tuple(source for stage in self.stages for source in stage.sources)
+
+    def at_stage(self, number: int) -> "ResolvedRun":
+        """Return the run with its properties those of another stage."""
+        return replace(self, stage=number)
+
+    def at_largest_stage(self) -> "ResolvedRun":
+        """Return the run at the stage whose micro-batches have the most tokens, and so take the most memory."""
+        tokens = [stage.batch_shape.micro_rows * stage.sequence_length for stage in self.stages]
+        return self.at_stage(tokens.index(max(tokens)))
 
 
 def resolve(
@@ -77,14 +105,16 @@ def resolve(
         UserError: the recipe does not fit the data, the ranks or the devices.
     """
     dims = _parallel_dims(recipe, environment)
-    sources = _find_sources(recipe, require_data)
+    sources_of_stages = _find_sources(recipe, require_data)
+    sources = sources_of_stages[0]
     manifest = sources[0].manifest if sources else None
-    sequence_length = _sequence_length(recipe, sources, require_data)
-    shape = batch_shape(recipe.batch, sequence_length, dims.data_size, dims.sequence)
+    lengths = [_sequence_length(recipe, of_stage, require_data) for of_stage in sources_of_stages]
+    shapes = [batch_shape(recipe.batch, length, dims.data_size, dims.sequence) for length in lengths]
     cache_limit = None if recipe.data.cache_limit is None else byte_count(recipe.data.cache_limit)
     if cache_limit is not None and require_data:
         readers = environment.local_world_size * max(1, recipe.data.workers)
-        check_cache_limit(list(sources), cache_limit, readers * PREFETCH_BATCHES * shape.rank_rows)
+        for of_stage, shape in zip(sources_of_stages, shapes, strict=True):
+            check_cache_limit(list(of_stage), cache_limit, readers * PREFETCH_BATCHES * shape.rank_rows)
     if device_type is None:
         precision = choose_precision(recipe.precision, environment.device)
     else:
@@ -92,10 +122,10 @@ def resolve(
         precision = native if recipe.precision == "auto" else recipe.precision
     kind = device_type or environment.device.type
     file = default_file(kind) if recipe.deepspeed == "auto" else Path(recipe.deepspeed)
-    ds_config = deepspeed_config(file, recipe, shape, precision)
+    ds_configs = [deepspeed_config(file, recipe, shape, precision) for shape in shapes]
     config = model_config(recipe, manifest)
     if dims.sequence > 1:
-        _check_division(recipe, config, sequence_length)
+        _check_division(recipe, config, min(lengths))
     if require_data and recipe.model.start_from is not None:
         check_weight_files(Path(recipe.model.start_from), f"model.start_from={recipe.model.start_from}")
     if recipe.model.attention == "flex_attention" and kind == "cpu":
@@ -105,18 +135,17 @@ def resolve(
         )
     if sources:
         check_vocabulary(recipe, sources[0].folder / "tokenizer")
+    first_rows = accumulate((sum(source.rows for source in of_stage) for of_stage in sources_of_stages), initial=0)
+    parts = zip(sources_of_stages, lengths, shapes, ds_configs, stage_ends(recipe), first_rows, strict=False)
     return ResolvedRun(
         recipe=recipe,
         environment=environment,
         dims=dims,
-        sources=sources,
-        sequence_length=sequence_length,
-        batch_shape=shape,
+        stages=tuple(ResolvedStage(*part) for part in parts),
         precision=precision,
-        deepspeed=ds_config,
         model_config=config,
         block_schedule=block_schedule(recipe),
-        data_fingerprint=fingerprint(list(sources), shape.rows, recipe.data.seed) if sources else None,
+        data_fingerprint=_fingerprint(recipe, sources_of_stages, shapes) if sources else None,
         cache_limit=cache_limit,
     )
 
@@ -159,16 +188,31 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def _find_sources(recipe: Recipe, require_data: bool) -> tuple[DataSource, ...]:
-    """Open the recipe's data. Without `require_data`, return () if any of it is not prepared on this machine."""
+def _find_sources(recipe: Recipe, require_data: bool) -> list[tuple[DataSource, ...]]:
+    """Open the recipe's data, of each stage. Without `require_data`, return () as those of the only stage if any of
+    it is not prepared on this machine.
+    """
+    data = recipe.data
     if not require_data and _unprepared(recipe):
-        return ()
-    return tuple(find_sources(recipe.data.path, recipe.data.streams, recipe.data.cache))
+        return [()]
+    if data.curriculum:
+        return [(source,) for source in find_stages([stage.path for stage in data.curriculum], data.cache)]
+    return [tuple(find_sources(data.path, data.streams, data.cache))]
+
+
+def _fingerprint(recipe: Recipe, sources: list[tuple[DataSource, ...]], shapes: list[BatchShape]) -> dict[str, Any]:
+    """Return what determines the rows that are trained on: of the data, or of each stage of a curriculum."""
+    of_stages = [
+        fingerprint(list(of_stage), shape.rows, recipe.data.seed)
+        for of_stage, shape in zip(sources, shapes, strict=True)
+    ]
+    return {"stages": of_stages} if recipe.data.curriculum else of_stages[0]
 
 
 def _unprepared(recipe: Recipe) -> list[str]:
-    """Return `key=path` of each stream whose data is not a prepared folder of this machine."""
+    """Return `key=path` of each stream or stage whose data is not a prepared folder of this machine."""
     paths = {f"data.streams[{i}].path": stream.path for i, stream in enumerate(recipe.data.streams)}
+    paths |= {f"data.curriculum[{i}].path": stage.path for i, stage in enumerate(recipe.data.curriculum)}
     paths = paths or {"data.path": recipe.data.path}
     return [f"{key}={path}" for key, path in paths.items() if not Path(path, MANIFEST_NAME).is_file()]
 

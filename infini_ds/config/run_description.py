@@ -15,7 +15,7 @@ def write_run_description(run: ResolvedRun) -> None:
     write_text_atomic(folder / RECIPE_FILE, run.recipe.to_yaml())
     streams = [
         {"folder": str(source.folder), "remote": source.remote, "manifest": asdict(source.manifest)}
-        for source in run.sources
+        for source in run.all_sources
     ]
     write_json_atomic(folder / "data_manifest.json", {"fingerprint": run.data_fingerprint, "streams": streams})
     shutil.copytree(run.sources[0].folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)

@@ -5,68 +5,26 @@ otherwise: steps, schedule, validation, checkpoints, stability.
 """
 
 import math
-import os
-import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from data_prep.options import byte_count
+from infini_ds.config.key_types import (
+    AddressText,
+    ByteCount,
+    FolderName,
+    Interval,
+    PathText,
+    StepCount,
+    interval,
+    part,
+    split_tasks,
+)
 from infini_ds.config.keys import Section, Words, key
-from infini_ds.utils.errors import UserError
-
-
-def _check_bytes(text: str) -> str:
-    try:
-        byte_count(text)
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    return text
-
-
-def _check_share(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?%", text) or not 0 < Fraction(text[:-1]) <= 100:
-        raise ValueError("it is not a share of the steps such as 10%")
-    return text
-
-
-def _check_folder_name(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name:
-        raise ValueError("it is not the name of one folder")
-    return name
-
-
-# A path or address as text; "~" at its start is the user's home.
-PathText = Annotated[str, Words("a path"), Field(min_length=1), AfterValidator(os.path.expanduser)]
-AddressText = Annotated[str, Words("a path or address"), Field(min_length=1), AfterValidator(os.path.expanduser)]
-ByteCount = Annotated[str, Words("a number of bytes such as 200GB or 64MiB"), AfterValidator(_check_bytes)]
-FolderName = Annotated[
-    str, Words("the name of one folder, whose path goes in output="), AfterValidator(_check_folder_name)
-]
-
-# A number of steps: absolute, or as a share of the run's, which follows it when the run is made longer or shorter.
-Share = Annotated[str, Words("a share of the steps such as 10%"), AfterValidator(_check_share)]
-StepCount = Annotated[int, Field(ge=0)] | Share
-Interval = Annotated[int, Field(ge=1)] | Share
 
 SEED_LIMIT = 2**31  # epochs and ranks are added to a seed, and NumPy has to take the sum
-
-
-def split_tasks(text: str | None) -> tuple[str, ...]:
-    """Return the recall tasks of "TASK+TASK", each once; none for null."""
-    return () if text is None else tuple(dict.fromkeys(text.split("+")))
-
-
-def _part(share: str, steps: int) -> Fraction:
-    return Fraction(share[:-1]) / 100 * steps
-
-
-def _interval(every: int | str, steps: int) -> int:
-    """Return a number of steps between events: of a share rounded up, so that none falls just before the last step."""
-    return every if isinstance(every, int) else math.ceil(_part(every, steps))
 
 
 class ModelSection(Section):
@@ -137,8 +95,32 @@ class StreamSection(Section):
     )
 
 
+class StageSection(Section):
+    """One of the stages of a curriculum, which follow each other; the last one has no end of its own."""
+
+    path: AddressText = key(..., "a folder that data_prep wrote, or its address", resumable=True)
+    steps: Interval | None = key(
+        None, "steps after which the next stage begins, a share rounded up; null: any number", resumable=True
+    )
+    until: float | None = key(
+        None, "accuracy of recall at a validation from which on the next stage begins", gt=0, le=1, resumable=True
+    )
+    recall: str | None = key(
+        None, "recall tasks that until is about, measured in this stage; null: validation.recall", resumable=True
+    )
+
+    def most_steps(self, steps: int) -> int | None:
+        """Return the most steps of the stage, in a run of so many; None: no limit."""
+        return None if self.steps is None else interval(self.steps, steps)
+
+    @property
+    def recall_tasks(self) -> tuple[str, ...]:
+        """The recall tasks of this stage alone, one by one."""
+        return split_tasks(self.recall)
+
+
 class DataSection(Section):
-    """The training data."""
+    """The training data: path alone, streams, or a curriculum."""
 
     path: AddressText = key(
         "data/stdlib",
@@ -148,6 +130,9 @@ class DataSection(Section):
     streams: Annotated[tuple[StreamSection, ...], Words("a list of streams, such as [{path: FOLDER}]")] = key(
         (), "several folders or addresses in place of path, each with its proportion or repeat", resumable=True
     )
+    curriculum: Annotated[
+        tuple[StageSection, ...], Words("a list of stages, such as [{path: FOLDER, until: 0.95}, {path: FOLDER}]")
+    ] = key((), "several folders or addresses in place of path, one after the other", resumable=True)
     cache: PathText = key(
         "data/cache", "where shards of an address are kept, best on a disk of the node", resumable=True
     )
@@ -228,12 +213,12 @@ class ScheduleSection(Section):
 
     def warmup(self, steps: int) -> int:
         """Return the steps of the warm-up, in a run of so many."""
-        return self.warmup_steps if isinstance(self.warmup_steps, int) else math.floor(_part(self.warmup_steps, steps))
+        return self.warmup_steps if isinstance(self.warmup_steps, int) else math.floor(part(self.warmup_steps, steps))
 
     def decay(self, steps: int) -> int:
         """Return the steps of the decay, in a run of so many."""
         decay = self.decay_steps
-        return decay if isinstance(decay, int) else max(1, math.floor(_part(decay, steps)))
+        return decay if isinstance(decay, int) else max(1, math.floor(part(decay, steps)))
 
 
 class ValidationSection(Section):
@@ -261,7 +246,7 @@ class ValidationSection(Section):
 
     def interval(self, steps: int) -> int:
         """Return the steps between validations, in a run of so many; 0: never."""
-        return _interval(self.every, steps)
+        return interval(self.every, steps)
 
 
 class CheckpointSection(Section):
@@ -280,7 +265,7 @@ class CheckpointSection(Section):
 
     def interval(self, steps: int) -> int:
         """Return the steps between checkpoints, in a run of so many."""
-        return _interval(self.every, steps)
+        return interval(self.every, steps)
 
 
 class StabilitySection(Section):

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from infini_ds.config.loader import show
 from infini_ds.data import cache_limit
-from infini_ds.data.sources import DataSource, StreamSpec, open_sources
+from infini_ds.data.sources import DataSource, StreamSpec, open_sources, open_stages
 from infini_ds.utils.errors import UserError
 
 
@@ -38,6 +38,16 @@ def find_sources(path: str, streams: Sequence[StreamChoice], cache: str) -> list
     return open_sources(specs, cache, "data.cache")
 
 
+def find_stages(paths: Sequence[str], cache: str) -> list[DataSource]:
+    """Open the data of the stages of a curriculum.
+
+    Raises:
+        UserError: as `open_stages`.
+    """
+    specs = [StreamSpec(f"data.curriculum[{number}].path", path) for number, path in enumerate(paths)]
+    return open_stages(specs, cache, "data.cache")
+
+
 def check_cache_limit(sources: Sequence[DataSource], limit: int, rows_ahead: int) -> None:
     """Raise a UserError if `data.cache_limit` is too small or deletes the only copy of a shard."""
     cache_limit.check_cache_limit(sources, limit, rows_ahead, "data.cache_limit", "data.cache")
@@ -45,6 +55,9 @@ def check_cache_limit(sources: Sequence[DataSource], limit: int, rows_ahead: int
 
 def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise a UserError if a run that began with the data `theirs` cannot resume with `ours`."""
+    if "stages" in theirs or "stages" in ours:
+        _check_stages(theirs.get("stages", []), ours.get("stages", []))
+        return
     for key in ("batch.rows", "data.seed"):
         if theirs[key] != ours[key]:
             raise UserError(
@@ -70,3 +83,19 @@ def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
                 f"the data of {'stream ' + str(number) if number else 'this run'} was prepared again, with other "
                 "content, since it began: choose another name=, or give the path of the earlier data"
             )
+
+
+def _check_stages(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
+    if len(theirs) != len(ours):
+        began, names = (f"{len(stages)} stages" if stages else "no curriculum" for stages in (theirs, ours))
+        raise UserError(
+            f"data.curriculum: the recipe names {names}, but this run began with {began}: name those, or choose "
+            "another name="
+        )
+    for number, (before, now) in enumerate(zip(theirs, ours, strict=True)):
+        if before["streams"] != now["streams"]:
+            raise UserError(
+                f"data.curriculum[{number}].path: the data of this stage is not that which this run began with: give "
+                "the path of the earlier data, or choose another name="
+            )
+        check_fingerprint(before, now)

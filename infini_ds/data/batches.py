@@ -162,8 +162,8 @@ def _to_device(tensors: dict[str, Tensor], device: torch.device | str) -> dict[s
     return {name: values.to(device, non_blocking=True) for name, values in tensors.items()}
 
 
-def collate(samples: list[dict[str, np.ndarray]]) -> Batch:
-    """Return the batch of some rows as MDS stores them, each with its number under `row`."""
+def collate(samples: list[dict[str, np.ndarray]], first_row: int = 0) -> Batch:
+    """Return the batch of some rows as MDS stores them, each with its number under `row`, counted from `first_row`."""
     rows = [decode_row(sample) for sample in samples]
     input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
     T = input_ids.shape[1]
@@ -179,7 +179,7 @@ def collate(samples: list[dict[str, np.ndarray]]) -> Batch:
     if any(row.loss_mask is not None for row in rows):
         loss_masks = [np.ones(T, bool) if row.loss_mask is None else row.loss_mask for row in rows]
         labels = labels.masked_fill(~torch.from_numpy(np.stack(loss_masks)), IGNORE_INDEX)
-    numbers = [int(sample["row"]) for sample in samples]
+    numbers = [first_row + int(sample["row"]) for sample in samples]
     return Batch.from_tensors(input_ids, labels, attention_mask.long(), torch.stack(document_ids), numbers)
 
 

@@ -48,6 +48,11 @@ class DataSource:
     proportion: float | None = None
     repeat: float | None = None
 
+    @property
+    def rows(self) -> int:
+        """Number of training rows."""
+        return sum(shard["samples"] for shard in self.shards("train"))
+
     def shards(self, split: str) -> list[dict[str, Any]]:
         """Return the entries of a split's index, one a shard, as MDS writes them."""
         return json.loads((self.folder / split / "index.json").read_text())["shards"]
@@ -78,6 +83,26 @@ def open_sources(specs: Sequence[StreamSpec], cache: str, cache_option: str) -> 
                 )
         if source.folder.resolve() in [other.folder.resolve() for other in sources if other is not source]:
             raise UserError(f"{spec.option}={spec.path} is named twice: name it once, with repeat or proportion")
+    return sources
+
+
+def open_stages(specs: Sequence[StreamSpec], cache: str, cache_option: str) -> list[DataSource]:
+    """Find the data of stages that follow each other, and check that they have the same tokenizer.
+
+    Args:
+        cache, cache_option: as for `open_sources`.
+    Raises:
+        UserError: data does not exist or is not finished, its address cannot be read, or tokenizers differ.
+    """
+    sources = [_open(spec, Path(cache), cache_option) for spec in specs]
+    first = sources[0]
+    for source, spec in zip(sources[1:], specs[1:], strict=True):
+        theirs, ours = source.manifest.tokenizer.sha256, first.manifest.tokenizer.sha256
+        if theirs != ours:
+            raise UserError(
+                f"{spec.option}={spec.path} has another tokenizer than {first.option}={specs[0].path} ({theirs}, not "
+                f"{ours}): prepare it with --tokenizer {first.folder / 'tokenizer'}"
+            )
     return sources
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class TrainingStream:
         cache_limit: bytes that shards of remote sources may take on this node; None for no limit.
         data_rank, data_size: which part of each global batch this rank reads, and the number of parts. Consecutive
             ranks with the same `data_rank` read the same rows.
+        first_row: number of the first row of the data.
     Attributes:
         waited: seconds in which the next batch was not ready yet.
     Raises:
@@ -67,9 +69,10 @@ class TrainingStream:
         cache_limit: int | None = None,
         data_rank: int = 0,
         data_size: int = 1,
+        first_row: int = 0,
     ):
         self.waited = 0.0
-        self._arguments = (sources, rows, seed, workers, cache_limit, data_rank, data_size)
+        self._arguments = (sources, rows, seed, workers, cache_limit, data_rank, data_size, first_row)
         # streaming finds rank and world size by itself. `replication` tells it how many ranks read the same rows.
         replication = World.detect().num_ranks // data_size
         self.dataset = _open(
@@ -97,7 +100,7 @@ class TrainingStream:
         self.loader = BatchLoader(
             self.dataset,
             batch_size=rows,
-            collate_fn=collate,
+            collate_fn=partial(collate, first_row=first_row),
             num_workers=workers,
             worker_init_fn=init_worker,
             persistent_workers=workers > 0,

@@ -35,7 +35,8 @@ class RunReport:
 
     step, tokens: of training. ranks: that wrote the checkpoint. rows: validation rows that were evaluated. on, off:
     losses with the memory on and off, in nats a token. tokens_per_second, mfu: of training, medians. metrics: all that
-    the run recorded. data: the manifest of each of its streams.
+    the run recorded. data: the manifest of each of its streams, or of each stage of its curriculum. stage, stages: the
+    stage that the checkpoint is in, from 1, and their number; 1 of 1 without a curriculum.
     """
 
     run: Path
@@ -54,6 +55,8 @@ class RunReport:
     sample: str
     metrics: list[dict[str, float]]
     data: list[dict[str, Any]]
+    stage: int = 1
+    stages: int = 1
 
 
 def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
@@ -72,6 +75,7 @@ def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
     location = locate(run)
     assert location.checkpoint is not None  # it is a run
     manifest = read_manifest(location.checkpoint)
+    described = json.loads((run / "data_manifest.json").read_text())
     tokenizer = load_tokenizer(location)
     model = load_model(location, device="cuda" if torch.cuda.is_available() else "cpu")
     validation = ValidationRows(sources)
@@ -102,7 +106,9 @@ def evaluate_run(run: Path, model_folder: Path, rows: int | None) -> RunReport:
         prompt=prompt,
         sample=sample,
         metrics=metrics,
-        data=[stream["manifest"] for stream in json.loads((run / "data_manifest.json").read_text())["streams"]],
+        data=[stream["manifest"] for stream in described["streams"]],
+        stage=manifest.state.stage + 1,
+        stages=len((described.get("fingerprint") or {}).get("stages", [0])),
     )
 
 
@@ -178,16 +184,30 @@ def report_facts(report: RunReport) -> list[tuple[str, str]]:
     trained_on = "; ".join(
         f"{manifest['options']['source']}: {manifest['train']['tokens']:,} training tokens" for manifest in report.data
     )
+    lengths = dict.fromkeys(f"{manifest['sequence_length']:,}" for manifest in report.data)
+    stage = f", in stage {report.stage} of {report.stages}" if report.stages > 1 else ""
     return [
         ("model", f"{short_count(report.parameters)} parameters, segments of {report.segment_length} tokens"),
-        ("data", f"{trained_on}; in rows of {report.data[0]['sequence_length']:,}"),
-        ("trained", f"{report.step:,} steps, {report.tokens:,} tokens"),
+        ("data", f"{trained_on}; in rows of {', '.join(lengths)}"),
+        ("trained", f"{report.step:,} steps, {report.tokens:,} tokens{stage}"),
         ("validation loss", f"{on:.4f} (perplexity {math.exp(on):.2f})"),
         ("with the memory off", f"{off:.4f} (perplexity {math.exp(off):.2f})"),
+        *recall_facts(report.metrics),
         ("measured on", f"{int(report.on.count.sum()):,} tokens of {report.rows} validation rows"),
         ("speed", f"{report.tokens_per_second:,.0f} tokens/s in training, MFU {report.mfu:.0%}"),
         ("model folder", str(report.model)),
         ("run folder", str(report.run)),
+    ]
+
+
+def recall_facts(metrics: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """Return a line for each recall task that the run measured at its last validation."""
+    prefix, off = "validation/recall/", "validation/recall_memory_off/"
+    last = next((line for line in reversed(metrics) if any(name.startswith(prefix) for name in line)), {})
+    return [
+        ("recall", f"{value:.3f}, with the memory off {last[off + task]:.3f} ({task})")
+        for name, value in last.items()
+        if (task := name.removeprefix(prefix)) != name
     ]
 
 

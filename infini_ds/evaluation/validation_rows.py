@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from infini_ds.config.training_data import find_sources
+from infini_ds.config.training_data import find_sources, find_stages
 from infini_ds.data.batches import Batch, collate
 from infini_ds.data.sources import DataSource, StreamSpec, open_sources
 from infini_ds.data.streams import ValidationRows
@@ -108,7 +108,7 @@ def find_data(model: EvaluatedModel, path: str | None) -> list[DataSource]:
 
 
 def sources_of_run(run: Path) -> list[DataSource]:
-    """Return the data that a run was trained on.
+    """Return the data that a run was trained on; of a curriculum, those of its last stage, as its validation does.
 
     Raises:
         UserError: the folder is not a run, or its data are gone.
@@ -116,6 +116,9 @@ def sources_of_run(run: Path) -> list[DataSource]:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run: it has no recipe.yaml")
     data = OmegaConf.load(run / "recipe.yaml").data
+    stages = data.get("curriculum")  # runs of earlier versions have no such key
+    if stages:
+        return find_stages([stage.path for stage in stages], data.cache)[-1:]
     return find_sources(data.path, data.streams, data.cache)
 
 

@@ -72,11 +72,12 @@ def check_node(recipe: Recipe, environment: DistEnv, fix: bool, require_data: bo
         yield Finding("recipe", "problem", str(error))
         return
     yield from check_run_folder(run)
+    run = run.at_largest_stage()
     yield check_memory(run)
     if run.cache_limit is not None:
         limit = f"{run.cache_limit / MIB:,.0f} MiB"
         yield Finding("cache limit", "ok", f"{limit}, and every shard has another copy at a remote address")
-    sources = list(run.sources)
+    sources = list({source.folder: source for source in run.all_sources}.values())
     if not sources:
         yield Finding("data", "ok", f"{recipe.data.path} is not prepared yet: the run prepares it first")
         return
@@ -172,8 +173,9 @@ def check_shm_space(
     sources: list[DataSource], shape: BatchShape, workers: int, ranks: int, folder: Path = SHM
 ) -> Finding:
     """Check the space for the order of an epoch, which streaming keeps in shared memory, and for workers' batches."""
-    rows = sum(shard["samples"] for source in sources for shard in source.shards("train"))
-    batch = shape.rank_rows * sources[0].manifest.sequence_length * 4 * 8  # four tensors of int64
+    rows = sum(source.rows for source in sources)
+    tokens = max(source.manifest.sequence_length for source in sources)
+    batch = shape.rank_rows * tokens * 4 * 8  # four tensors of int64
     need = 8 * rows + ranks * workers * 3 * batch  # a worker has two batches ready and a third in the making
     return _space("/dev/shm", folder, need, "give the job more (docker run --shm-size), or lower data.workers")
 

@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps."""
+        """Tokens of all steps; of a curriculum, if all are as large as those of the stage that takes most memory."""
         return self.run.recipe.steps * self.run.batch_shape.rows * self.run.sequence_length
 
     @property
@@ -209,7 +209,7 @@ def make_plan(recipe: Recipe) -> Plan:
     environment = replace(detect_environment(), rank=0, local_rank=0, world_size=ranks, local_world_size=ranks)
     gpu = None if chosen.gpu is None else find_gpu(chosen.gpu)
     gib = chosen.memory or (gpu and gpu.memory_gib)
-    run = resolve(recipe, environment, require_data=False, device_type="cuda" if gib else None)
+    run = resolve(recipe, environment, require_data=False, device_type="cuda" if gib else None).at_largest_stage()
     if not gib:
         name = f"this machine ({environment.device.type})"
         flops = peak_flops(environment.device, run.precision)

@@ -118,6 +118,13 @@ class Engine:
                 deepspeed.utils.safe_set_full_grad(smallest, value)
         self._engine.step()
 
+    def set_batch(self, config: dict[str, Any]) -> None:
+        """Between two steps, take over from DeepSpeed's JSON how many rows a step has and how they are divided."""
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            setattr(self._engine._config, key, config[key])
+        self._engine.optimizer.gradient_accumulation_steps = config["gradient_accumulation_steps"]
+        self._engine.micro_steps = 0  # which DeepSpeed counts from the start of the run on, to find the last of a step
+
     @property
     def step_was_applied(self) -> bool:
         """Whether the last step changed the weights."""

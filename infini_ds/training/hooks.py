@@ -85,6 +85,9 @@ class Hook:
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """After the step's validation, if one is due. Not called for a step that leads to a rollback."""
 
+    def on_stage(self, trainer: Trainer) -> None:
+        """After a change of stage, which the next step is the first of. A rollback may change the stage without it."""
+
     def on_rollback(self, trainer: Trainer, reason: RollbackReason) -> None:
         """After `after_step` of a step that leads to a rollback."""
 

@@ -70,6 +70,9 @@ class MetricsLogger(Hook):
             figures |= {f"validation/recall/{tag}": found.on, f"validation/recall_memory_off/{tag}": found.off}
         self._record(trainer, figures)
 
+    def on_stage(self, trainer: Trainer) -> None:
+        self.meter.reset()
+
     def on_rollback(self, trainer: Trainer, reason: RollbackReason) -> None:
         self.progress.rewind(trainer.state.step)
         if self.writer:
@@ -95,6 +98,8 @@ class MetricsLogger(Hook):
             "speed/memory_gib": memory_in_use(trainer.device) / 2**30,
             **speed,
         }
+        if len(trainer.run.stages) > 1:
+            figures["train/stage"] = trainer.state.stage + 1
         if "muon" in step.learning_rates:
             figures["train/muon_learning_rate"] = step.learning_rates["muon"]
         if self.writer:

@@ -10,7 +10,7 @@ from infini_ds.config.resolve import ResolvedRun
 from infini_ds.config.resume import check_same_run
 from infini_ds.config.run_description import write_run_description
 from infini_ds.data.skip_rows import SkipRows
-from infini_ds.data.streams import TrainingStream, ValidationRows
+from infini_ds.data.streams import ValidationRows
 from infini_ds.distributed.collectives import broadcast_from_rank_zero
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.metrics.memory_diagnostics import hint_on_slow_gates
@@ -19,6 +19,7 @@ from infini_ds.planning.fitting_block import fitting_block
 from infini_ds.planning.memory_estimate import Workload, ZeroSharding
 from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.training.checkpointing import Checkpointing
+from infini_ds.training.curriculum import all_recall_tasks, describe_stage, open_stream
 from infini_ds.training.engine import Engine
 from infini_ds.training.gradient_check import GradientCheck
 from infini_ds.training.hooks import Hook
@@ -47,12 +48,14 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     recipe, dims, schedule = run.recipe, run.dims, run.block_schedule
     newest = newest_checkpoint(run)
     state = read_manifest(newest).state if newest else TrainState()
+    run = run.at_stage(state.stage)
     if state.step >= recipe.steps:
         logger.info(f"{recipe.folder} has run all of its {recipe.steps} steps: nothing to do; raise steps= to train on")
         return None
     set_matmul_precision(run.precision, run.environment.device)
     if recipe.model.segments_per_block == "auto":
-        work = Workload.of(recipe, run.model_config, run.batch_shape, run.sequence_length, run.precision)
+        largest = run.at_largest_stage()
+        work = Workload.of(recipe, run.model_config, largest.batch_shape, largest.sequence_length, run.precision)
         sharding = ZeroSharding.from_json(run.deepspeed, dims.world_size)
         schedule = replace(schedule, segments_per_block=fitting_block(work, sharding, run.environment))
     if dims.rank == 0:
@@ -60,16 +63,8 @@ def build_trainer(run: ResolvedRun, shutdown: GracefulShutdown | None = None) ->
     examples = recall_examples(run)
     stability = Stability(recipe)
     with one_start_at_a_time(run.environment.local_rank == 0):
-        stream = TrainingStream(
-            list(run.sources),
-            run.batch_shape.rank_rows,
-            recipe.data.seed,
-            recipe.data.workers,
-            run.cache_limit,
-            data_rank=dims.data_rank,
-            data_size=dims.data_size,
-        )
-        validation = ValidationRows(list(run.sources))
+        stream = open_stream(run)
+        validation = ValidationRows(list(run.stages[-1].sources))
     model = build_model(recipe, run.model_config, schedule)
     if dims.sequence > 1:
         model.sequence_group = SequenceGroup(dims.sequence_group, dims.sequence_rank, dims.sequence)
@@ -110,16 +105,17 @@ def recall_examples(run: ResolvedRun) -> dict[str, RecallExamples]:
     Raises:
         UserError: the tokenizer splits every word of the filler.
     """
-    choice, source = run.recipe.validation, run.sources[0]
-    if not choice.recall_tasks:
+    tasks, source = all_recall_tasks(run), run.sources[0]
+    if not tasks:
         return {}
     folder = source.folder / "tokenizer"
     tokenizer = load_tokenizer_files(folder, f"{source.option}={source.folder}")
     start_id = source.manifest.tokenizer.start_id
     try:
-        return draw_examples(choice.recall_tasks, choice.recall_examples, tokenizer, start_id)
+        return draw_examples(tasks, run.recipe.validation.recall_examples, tokenizer, start_id)
     except UserError as error:
-        raise UserError(f"validation.recall={choice.recall}: {str(error).removeprefix('recall: ')}") from error
+        option = "validation.recall" if run.recipe.validation.recall else "data.curriculum"
+        raise UserError(f"{option}: recall of {tasks[0]}: {str(error).removeprefix('recall: ')}") from error
 
 
 def log_summary(trainer: Trainer) -> None:
@@ -134,6 +130,8 @@ def log_summary(trainer: Trainer) -> None:
         f"{ranks} x {shape.accumulation} micro-batches x {shape.micro_rows} rows, {run.precision} "
         f"on {trainer.device.type}"
     )
+    if len(run.stages) > 1:
+        logger.info(f"stage {run.stage + 1} of {len(run.stages)}: {describe_stage(run, run.stage)}")
     if hint := hint_on_slow_gates(recipe):
         logger.info(hint)
     if trainer.latest_checkpoint:

@@ -20,6 +20,13 @@ from infini_ds.data.streams import ValidationRows
 from infini_ds.distributed.async_gather import AsyncGather
 from infini_ds.distributed.signals import GracefulShutdown
 from infini_ds.model import InfiniGPTNeoForCausalLM
+from infini_ds.training.curriculum import (
+    describe_stage,
+    reason_to_advance,
+    recall_of_stage,
+    recall_tasks,
+    start_of_stage,
+)
 from infini_ds.training.hooks import Hook, Step
 from infini_ds.training.recall import RecallAccuracy, RecallExamples, measure_recall
 from infini_ds.training.validation import PositionLosses, gain_standard_error, position_losses
@@ -34,7 +41,7 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains on one rank, in step with the others."""
 
-    run: ResolvedRun
+    run: ResolvedRun  # at the stage of its next step
     engine: "Engine"  # model, optimizer and learning-rate schedule
     stream: BatchStream  # this rank's training batches
     validation: ValidationRows
@@ -65,12 +72,16 @@ class Trainer:
                     self.start_from_state()
                     continue
                 self.validate_if_due()
+                self.advance_if_due()
                 self.call(Hook.on_step_end, step)  # save
         finally:
             self.call(Hook.on_end)
         if not self.is_complete:
             where = f"step {self.state.step} of {self.recipe.steps}"
             logger.info(f"stopped by {self.shutdown.reason} at {where}: resume with the same command")
+        elif self.state.stage + 1 < len(self.run.stages):
+            where = f"stage {self.state.stage + 1} of {len(self.run.stages)}"
+            self.log(f"the run is complete in {where}: later stages need more steps=", logging.WARNING)
         return self.is_complete
 
     @property
@@ -110,14 +121,19 @@ class Trainer:
             logger.log(level, f"step {self.state.step}: {sentence}")
 
     def start_from_state(self) -> None:
-        """Read the first batch, and validate if the run was stopped before or in the validation of this step."""
+        """Read the first batch, and do what a stop has left out: this step's validation, and a change of stage."""
+        self.read_first_batch()
+        self.validate_if_due()
+        self.advance_if_due()
+
+    def read_first_batch(self) -> None:
+        """Read the first batch of the stream; later ones are read while the step before is computed."""
         self._batches: Iterator[Batch] = iter(self.stream)
         self._batch = next(self._batches)
         self._waited_before = self.stream.waited
         tokens = torch.tensor(self._counted_tokens(), device=self.device)
         dist.all_reduce(tokens)  # later ones travel with the exchange of the step before
         self._predicted_tokens = int(tokens)
-        self.validate_if_due()
 
     def _counted_tokens(self) -> int:
         """Return the predicted tokens of the next batch, on the first of the ranks that share its rows; else 0."""
@@ -195,7 +211,7 @@ class Trainer:
                 self.model,
                 self.validation,
                 self.recipe.validation.rows,
-                self.run.batch_shape.micro_rows,
+                self.run.stages[-1].batch_shape.micro_rows,  # the rows are those of the last stage
                 use_memory,
                 abort=abort,
             )
@@ -203,20 +219,46 @@ class Trainer:
                 return
             measured.append(losses)
         recall: list[RecallAccuracy] = []
-        for examples in self.recall_examples.values():
-            accuracy = measure_recall(self.model, examples, abort)
+        for task in recall_tasks(self.run, state.stage):
+            accuracy = measure_recall(self.model, self.recall_examples[task], abort)
             if accuracy is None:
                 return
             recall.append(accuracy)
         on, off = measured
         state.validated, state.validation_loss = state.step, on.mean
+        state.recall = recall_of_stage(self.run, state.stage, recall)
         error = gain_standard_error(on, off, self.model.config.segment_length)
         self.call(Hook.after_validation, on.mean, off.mean, error)
         if recall:
             self.call(Hook.after_recall, recall)
 
+    def advance_if_due(self) -> None:
+        """Change to the next stage of the curriculum if this one is over; the batch that was read ahead is dropped.
+
+        After a requested stop nothing is decided: the resumed run does it, after the validation that was left out.
+        """
+        state, reason = self.state, reason_to_advance(self.run, self.state)
+        if reason is None or self.is_complete or self.shutdown.agreed:
+            return
+        state.stage, state.stage_start = state.stage + 1, state.step
+        state.losses = 0  # those of other data tell nothing about spikes
+        self.follow_stage()
+        self.data_state = start_of_stage(state.stage)
+        self.stream = self.stream.at(self.data_state)
+        self.read_first_batch()
+        where = f"stage {state.stage + 1} of {len(self.run.stages)}"
+        self.log(f"{where}: {reason}: {describe_stage(self.run, state.stage)}")
+        self.call(Hook.on_stage)
+
+    def follow_stage(self) -> None:
+        """Take over the batch of the stage that the run's state names."""
+        if self.run.stage != self.state.stage:
+            self.run = self.run.at_stage(self.state.stage)
+            self.engine.set_batch(self.run.deepspeed)
+
     def restore(self, checkpoint: Path, rows_to_skip: Collection[int]) -> None:
         """Load a checkpoint of this run, and skip rows from then on."""
         self.state, data_state = checkpoints.load(self.engine, checkpoint, self.run.dims)
+        self.follow_stage()
         self.stream = SkipRows(self.stream.at(data_state), rows_to_skip)
         self.latest_checkpoint = checkpoint

@@ -26,6 +26,19 @@ from infini_ds.utils.errors import UserError
         (["data.streams=[{path: a, proportion: 1}, {path: b}]"], ["data.streams[1].proportion=null", "or none"]),
         (["data.streams=[{path: a}, {path: b, proportion: 1}]"], ["data.streams[1].proportion=1.0", "or none"]),
         (["data.streams=[{path: a, proportion: 1, repeat: 2}]"], ["data.streams[0] has a proportion and a repeat"]),
+        (["data.curriculum=[{path: a, steps: 5}, {path: b}]", "data.path=x"], ["data.path=x and data.curriculum are"]),
+        (["data.curriculum=[{path: a, steps: 5}, {path: b}]", "data.streams=[{path: c}]"], ["data.streams and data.c"]),
+        (["data.curriculum=[{path: a}, {path: b}]"], ["data.curriculum[0].path=a has neither steps nor until"]),
+        (["data.curriculum=[{path: a, steps: 5}, {path: b, until: 0.5}]"], ["[1].until=0.5, but the last stage lasts"]),
+        (["data.curriculum=[{path: a, until: 0.5}, {path: b}]"], ["[0].until=0.5, but no recall", "validation.recall"]),
+        (
+            ["data.curriculum=[{path: a, until: 0.5, recall: pairs}, {path: b}]", "validation.every=0"],
+            ["data.curriculum[0].until=0.5 with validation.every=0", "the steps between them"],
+        ),
+        (
+            ["data.curriculum=[{path: a, until: 0.5, recall: pears}, {path: b}]"],
+            ["data.curriculum[0].recall=pears: unknown task 'pears'"],
+        ),
     ],
 )
 def test_conflicts_get_a_sentence(overrides, words):

@@ -7,8 +7,10 @@ import pytest
 import torch.distributed as dist
 from harness import SHAPE
 
+from data_prep.prepare import PrepareOptions, prepare
 from infini_ds.config.recipe import Recipe, load_recipe
 from infini_ds.config.resolve import choose_precision, resolve
+from infini_ds.config.stages import StageEnd
 from infini_ds.distributed.environment import DistEnv
 from infini_ds.model import BlockSchedule, MemoryRule, register_memory_rule
 from infini_ds.model.linear_rule import LinearRule
@@ -56,6 +58,74 @@ def test_streams_are_sources_with_their_share(shards):
     run = resolve(recipe(shards, f"data.streams=[{{path: {shards}, repeat: 2}}]"), ONE)
     (source,) = run.sources
     assert source.repeat == 2 and run.data_fingerprint["streams"][0]["repeat"] == 2
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Folders of rows of 64, 128 and 256 tokens, with the tokenizer of `recall:` sources."""
+    folder = tmp_path_factory.mktemp("stages")
+    for length in (64, 128, 256):
+        source = "recall:pairs,queries=4,distance=0,documents=60"
+        prepare(PrepareOptions(source=source, out=folder / str(length), sequence_length=length, workers=1), quiet=True)
+    return folder
+
+
+def curriculum(stages, *ends: str) -> str:
+    parts = [f"{{path: {stages / length}{end}}}" for length, end in zip(("128", "256", "64"), ends, strict=True)]
+    return f"data.curriculum=[{', '.join(parts)}]"
+
+
+def test_stages_of_a_curriculum(stages):
+    """Each has its rows, their length and number; the tokens of a step stay."""
+    ends = [", steps: 10%", ", until: 0.9, recall: passkey", ""]
+    choices = ["batch.tokens=1024", "batch.micro_rows=3", "validation.recall=pairs+variables"]
+    asked = load_recipe(None, [curriculum(stages, *ends), *SHAPE, *choices])
+    run = resolve(asked, ONE)
+    assert [stage.sequence_length for stage in run.stages] == [128, 256, 64]
+    assert [(s.batch_shape.rows, s.batch_shape.micro_rows) for s in run.stages] == [(8, 2), (4, 2), (16, 2)]
+    assert [stage.deepspeed["train_batch_size"] for stage in run.stages] == [8, 4, 16]
+    assert [stage.deepspeed["gradient_accumulation_steps"] for stage in run.stages] == [4, 2, 8]
+    rows = [sum(source.rows for source in stage.sources) for stage in run.stages]
+    assert [stage.first_row for stage in run.stages] == [0, rows[0], rows[0] + rows[1]]
+    tasks = ("pairs", "variables")
+    assert [stage.end for stage in run.stages] == [
+        StageEnd(100, None, tasks), StageEnd(None, 0.9, ("passkey",)), StageEnd(None, None, tasks)
+    ]  # fmt: skip
+    assert (run.sequence_length, run.at_stage(2).sequence_length) == (128, 64)
+    assert run.at_largest_stage().stage == 1
+    assert [stage["batch.rows"] for stage in run.data_fingerprint["stages"]] == [8, 4, 16]
+    plan = resolve(asked, ONE, require_data=False, device_type="cuda")
+    assert [stage.sequence_length for stage in plan.stages] == [128, 256, 64]
+
+
+def test_a_curriculum_that_is_not_prepared_can_be_planned(stages):
+    missing = f"data.curriculum=[{{path: {stages / '64'}, steps: 5}}, {{path: /nowhere}}]"
+    asked = load_recipe(None, [missing, *SHAPE, "batch.rows=4"])
+    with pytest.raises(UserError, match=r"data.curriculum\[1\].path=/nowhere holds no prepared data"):
+        resolve(asked, ONE, require_data=False)
+    with pytest.raises(UserError, match=r"data.curriculum\[1\].path=/nowhere: no such folder .*data_prep"):
+        resolve(asked, ONE)
+    run = resolve(load_recipe(None, [missing, "batch.rows=4", "plan.sequence_length=512"]), ONE, require_data=False)
+    assert run.sequence_length == 512 and len(run.stages) == 1
+
+
+def test_stages_of_another_tokenizer_are_refused(stages, shards):
+    other = f"data.curriculum=[{{path: {stages / '64'}, steps: 5}}, {{path: {shards}}}]"
+    with pytest.raises(
+        UserError, match=r"data.curriculum\[1\].path=.* has another tokenizer than data.curriculum\[0\]"
+    ):
+        resolve(load_recipe(None, [other, *SHAPE, "batch.rows=4"]), ONE)
+
+
+def test_a_curriculum_replaces_the_path_of_a_file_and_is_written_and_read_again(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: {path: x}\nbatch: {rows: 2}\n")
+    given = "data.curriculum=[{path: a, steps: 20%}, {path: b, until: 0.5, recall: passkey}, {path: c}]"
+    asked = load_recipe(file, [given])
+    assert asked.data.path == Recipe().data.path and len(asked.data.curriculum) == 3
+    (tmp_path / "again.yaml").write_text(asked.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == asked
+    assert load_recipe(tmp_path / "again.yaml", ["data.path=y"]).data.curriculum == ()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ OTHER = {
     "schedule.gates": "constant", "validation.every": 1, "validation.rows": 1, "checkpoint.every": 1,
     "checkpoint.keep_last": 1, "checkpoint.keep_every": 1, "checkpoint.keep_best": "true",
     "stability.max_rollbacks": 1, "stability.check_gradients": "true", "plan.gpu": "x", "plan.memory": 1,
+    "data.curriculum": "[{path: x, steps: 3}, {path: y}]", "validation.recall": "pairs",
+    "validation.recall_examples": 1,
 }  # fmt: skip
 
 

@@ -13,6 +13,20 @@ def test_the_same_data_is_accepted():
     check_fingerprint(BEGUN, {**BEGUN, "streams": [dict(STREAM), dict(STREAM)]})
 
 
+def test_stages_are_compared_one_by_one():
+    other = BEGUN | {"streams": [STREAM | {"shards": "0000"}]}
+    check_fingerprint({"stages": [BEGUN, other]}, {"stages": [dict(BEGUN), dict(other)]})
+    for theirs, ours, words in [
+        ({"stages": [BEGUN, other]}, {"stages": [BEGUN, BEGUN]}, r"data.curriculum\[1\].path: the data of this stage"),
+        ({"stages": [BEGUN, other]}, {"stages": [BEGUN]}, "names 1 stages, but this run began with 2 stages"),
+        (BEGUN, {"stages": [BEGUN]}, "names 1 stages, but this run began with no curriculum"),
+        ({"stages": [BEGUN]}, BEGUN, "names no curriculum, but this run began with 1 stages"),
+        ({"stages": [BEGUN]}, {"stages": [BEGUN | {"data.seed": 1}]}, "data.seed=1"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            check_fingerprint(theirs, ours)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

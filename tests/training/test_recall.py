@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import SHAPE, STEPS, build, run_ranks, run_script
+from harness import SHAPE, STEPS, build, run_ranks
 from reference import random_ids, tiny_model
 
 from data_prep.prepare import PrepareOptions, prepare
@@ -24,7 +24,7 @@ def recall_data(tmp_path_factory):
     """Rows of 128 tokens of two pairs and questions in the same segment."""
     out = tmp_path_factory.mktemp("recall") / "data"
     source = "recall:pairs,first=value,pairs=2,values=2,queries=4,distance=0,multiple=32,documents=800"
-    run_script("-m", "data_prep", "--source", source, "--out", out, "--sequence-length", "128", "--workers", "1")
+    prepare(PrepareOptions(source=source, out=out, sequence_length=128, workers=1), quiet=True)
     return out
 
 
@@ -144,7 +144,9 @@ def test_a_tokenizer_without_words_of_the_filler_gets_a_sentence(tmp_path):
     for number in range(40):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} {TASKS} " * 20)
     source, data = f"text:{tmp_path / 'texts'}", tmp_path / "data"
-    options = {"vocab_size": 258, "sequence_length": 64, "workers": 1, "validation_fraction": 0.2}
+    options: dict = {"vocab_size": 258, "sequence_length": 64, "workers": 1, "validation_fraction": 0.2}
     prepare(PrepareOptions(source=source, out=data, **options), quiet=True)
-    with pytest.raises(UserError, match=r"^validation.recall=passkey: the tokenizer splits every word of the filler"):
+    with pytest.raises(
+        UserError, match=r"^validation.recall: recall of passkey: the tokenizer splits every word of the filler"
+    ):
         build(f"data.path={data}", f"output={tmp_path}", *SHAPE, *STEPS, "validation.recall=passkey")
