@@ -80,7 +80,8 @@ class GracefulShutdown:
         interrupted_at = None
         while True:
             info = signal.sigtimedwait(handled, 1.0)
-            if info is None:
+            # After SIGSTOP and SIGCONT, CPython returns uninitialized memory if the timeout passed in between.
+            if info is None or info.si_signo not in handled:
                 if any(_parent(child) != parent for child, parent in chain):
                     self._receive(LAUNCHER_GONE)
                 continue

@@ -16,6 +16,7 @@ from .memory_rule import get_memory_rule
 # Each memory rule registers itself when its file is imported.
 from .delta_rule import DeltaRule  # noqa: F401
 from .linear_rule import LinearRule  # noqa: F401
+from .softmax_rule import SoftmaxRule  # noqa: F401
 
 # isort: split
 # An export's code is copied by transformers 4, which follows direct imports alone: what the rules import is repeated.
@@ -33,8 +34,9 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         segment_length: tokens in a segment (S). Local attention reaches back to the start of its segment; the memory
             holds all earlier segments.
         memory_rule: name of a registered `MemoryRule`, which writes and reads the memory: "linear" (Munkhdalai et al.
-            2024, eq. 4), "delta" (eq. 5, normalized so that it stays bounded whatever the lengths of segments),
-            "delta_paper" (eq. 5 as published).
+            2024, eq. 4), "softmax" (eq. 4 with features that are a softmax of scaled keys and queries, which keep facts
+            apart from other text however long it is), "delta" (eq. 5, normalized so that it stays bounded whatever the
+            lengths of segments), "delta_paper" (eq. 5 as published).
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of each segment; "rotary":
             rotary positions in local attention, none in the memory.
         gate_init: initial value of each head's gate beta; sigmoid(beta) is the weight of the memory in its output.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import MemoryState, key_features, prefix_sums, segment_updates
+from .memory import MemoryState, prefix_sums, segment_updates
 from .memory_rule import AssociativeRule, register_memory_rule
 from .sequence_parallel import SequenceGroup
 
@@ -43,7 +43,7 @@ class DeltaRule(AssociativeRule):
         memory_document: Tensor | None,
         parameters: Mapping[str, Tensor],
     ) -> tuple[MemoryState, MemoryState]:
-        phi_k = key_features(k, write_mask)
+        phi_k = self.key_features(k, write_mask, parameters)
         updates = segment_updates(phi_k, v)
         z, z_after = prefix_sums(state.z, updates.z, memory_document)
         A = self._removals(phi_k, z, z_after)
@@ -61,7 +61,7 @@ class DeltaRule(AssociativeRule):
         group: SequenceGroup,
     ) -> tuple[MemoryState, MemoryState]:
         """As `write`. A span takes M to P M + Q, whatever M is; P and Q are exchanged once z is known."""
-        phi_k = key_features(k, write_mask)
+        phi_k = self.key_features(k, write_mask, parameters)
         updates = segment_updates(phi_k, v)
         ((z, z_span),), (z_after,) = group.prefix_sums((state.z,), (updates.z,), memory_document)
         A = self._removals(phi_k, z, z_span)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .memory import MemoryState, key_features, prefix_sums, segment_updates
+from .memory import MemoryState, prefix_sums, segment_updates
 from .memory_rule import AssociativeRule, register_memory_rule
 from .sequence_parallel import SequenceGroup
 
@@ -23,7 +23,7 @@ class LinearRule(AssociativeRule):
         memory_document: Tensor | None,
         parameters: Mapping[str, Tensor],
     ) -> tuple[MemoryState, MemoryState]:
-        updates = segment_updates(key_features(k, write_mask), v)
+        updates = segment_updates(self.key_features(k, write_mask, parameters), v)
         M, M_after = prefix_sums(state.M, updates.M, memory_document)
         z, z_after = prefix_sums(state.z, updates.z, memory_document)
         return MemoryState(M, z), MemoryState(M_after, z_after)
@@ -38,7 +38,7 @@ class LinearRule(AssociativeRule):
         parameters: Mapping[str, Tensor],
         group: SequenceGroup,
     ) -> tuple[MemoryState, MemoryState]:
-        updates = segment_updates(key_features(k, write_mask), v)
+        updates = segment_updates(self.key_features(k, write_mask, parameters), v)
         sums, after = group.prefix_sums(state, updates, memory_document)
         return MemoryState(*(before for before, _ in sums)), after
 

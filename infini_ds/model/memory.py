@@ -66,12 +66,11 @@ def feature_map(x: Tensor) -> Tensor:
     return _FeatureMap.apply(x) if torch.is_grad_enabled() else _phi(x)
 
 
-def key_features(k: Tensor, write_mask: Tensor | None = None) -> Tensor:
+def written_features(phi_k: Tensor, write_mask: Tensor | None) -> Tensor:
     """Return phi(K), (B, N, H, S, D), with 0 for tokens that are not written.
 
     `write_mask`: bool, broadcastable to (B, N, S): the tokens that are written; None for all.
     """
-    phi_k = feature_map(k)
     return phi_k if write_mask is None else phi_k * write_mask[:, :, None, :, None]
 
 
@@ -79,22 +78,21 @@ def segment_updates(phi_k: Tensor, v: Tensor) -> MemoryState:
     """Return what each segment alone would write to an empty memory: eq. (4), right-hand terms.
 
     Args:
-        phi_k: (B, N, H, S, D) from `key_features`; v: (B, N, H, S, D).
+        phi_k: (B, N, H, S, D) from `written_features`; v: (B, N, H, S, D).
     Returns:
         dM (B, N, H, D, D) and dz (B, N, H, D).
     """
     return MemoryState(phi_k.transpose(-1, -2) @ v.to(phi_k.dtype), phi_k.sum(-2))
 
 
-def retrieve(q: Tensor, memory: MemoryState) -> Tensor:
+def retrieve(phi_q: Tensor, memory: MemoryState) -> Tensor:
     """Return A_mem = phi(Q) M / (phi(Q) z), eq. (3).
 
     Args:
-        q: (B, N, H, S, D); memory: the state that each segment reads, M (B, N, H, D, D) and z (B, N, H, D).
+        phi_q: (B, N, H, S, D); memory: the state that each segment reads, M (B, N, H, D, D) and z (B, N, H, D).
     Returns:
         (B, N, H, S, D) in the precision of the memory; 0 where nothing has been written.
     """
-    phi_q = feature_map(q)
     denominator = (phi_q @ memory.z.unsqueeze(-1)).clamp_min(torch.finfo(memory.z.dtype).tiny)
     return (phi_q @ memory.M) / denominator
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .memory import MemoryState, StateT, like_state, retrieve
+from .memory import MemoryState, StateT, feature_map, like_state, retrieve, written_features
 from .sequence_parallel import SequenceGroup
 
 if TYPE_CHECKING:
@@ -115,13 +115,21 @@ class MemoryRule(ABC, Generic[StateT]):
 class AssociativeRule(MemoryRule[MemoryState]):
     """A rule whose state is (M, z) and that reads by eq. (3)."""
 
+    def features(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return phi of keys or queries (B, N, H, S, D), in fp32 or higher: non-negative, and never 0 in all of D."""
+        return feature_map(x)
+
+    def key_features(self, k: Tensor, write_mask: Tensor | None, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return phi(K), with 0 for tokens that are not written."""
+        return written_features(self.features(k, parameters), write_mask)
+
     def empty_state(self, B: int, H: int, D: int, dtype: torch.dtype, device: torch.device | str | None) -> MemoryState:
         return MemoryState(
             torch.zeros(B, H, D, D, dtype=dtype, device=device), torch.zeros(B, H, D, dtype=dtype, device=device)
         )
 
     def read(self, q: Tensor, before: MemoryState, parameters: Mapping[str, Tensor]) -> Tensor:
-        return retrieve(q, before)
+        return retrieve(self.features(q, parameters), before)
 
     def flops_per_token(self, config: InfiniGPTNeoConfig) -> float:
         return 2 * config.hidden_size * config.head_dim  # phi(k)^T v and phi(q) M: H D D each

@@ -161,6 +161,18 @@ def test_two_ranks_stop_and_fail_together_under_every_launcher(start, shards, tm
     assert max(abs(a - b) for a, b in zip(alone, recorded(job.run, "train/loss"), strict=False)) < 1e-4
 
 
+def test_a_run_that_was_suspended_goes_on():
+    """As by Ctrl-Z and `fg`, or `scontrol suspend` and `resume`."""
+    code = "import time; from infini_ds.distributed.signals import GracefulShutdown; shutdown = GracefulShutdown()\n"
+    code += "shutdown.listen(); print('listens', flush=True); time.sleep(3); print('received', shutdown.received)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None and process.stdout.readline() == "listens\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)  # longer than the listener waits at a time
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "received 0\n"
+
+
 def test_ctrl_c_on_the_quickstart_is_one_sentence(shards, tmp_path):
     run = tmp_path / "quick"
     where = [f"data.path={shards}", f"output={tmp_path}", "name=quick"]

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from infini_ds.config.recipe import OptimizerSection
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM, register_memory_rule
-from infini_ds.model.memory import MemoryState, prefix_sums, retrieve
+from infini_ds.model.memory import MemoryState, feature_map, prefix_sums, retrieve
 from infini_ds.model.memory_rule import RULES, MemoryRule, state_tensors
 from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.training.engine import parameter_groups
@@ -152,7 +152,7 @@ class Counted(MemoryRule[tuple]):
 
     def read(self, q, before, parameters):
         count, z, M = before
-        return retrieve(q, MemoryState(M, z)) / count[:, :, None, None, None]
+        return retrieve(feature_map(q), MemoryState(M, z)) / count[:, :, None, None, None]
 
     def flops_per_token(self, config):
         return RULES["linear"].flops_per_token(config)
@@ -206,5 +206,5 @@ def test_a_name_belongs_to_one_class():
 
 
 def test_an_unknown_rule_is_rejected_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"memory_rule='hebb' is not one of .*delta, delta_paper, gated_decay, linear"):
+    with pytest.raises(ValueError, match=r"memory_rule='hebb' is not one of .*delta, .*gated_decay, linear, softmax"):
         InfiniGPTNeoConfig(**TINY, memory_rule="hebb")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from infini_ds.model.memory import MemoryState, key_features, memory_dtype, segment_updates
+from infini_ds.model.memory import MemoryState, memory_dtype, segment_updates
 from infini_ds.model.memory_rule import AssociativeRule, register_memory_rule
 
 
@@ -23,7 +23,7 @@ class GatedDecay(AssociativeRule):
         return {"a": nn.Parameter(torch.full((config.num_heads,), 2.0))}
 
     def write(self, state, k, v, write_mask, memory_document, parameters):
-        updates = segment_updates(key_features(k, write_mask), v)
+        updates = segment_updates(self.key_features(k, write_mask, parameters), v)
         keep = self.keep(k, write_mask, memory_document, parameters)
         states = [state]
         for s in range(k.shape[1]):

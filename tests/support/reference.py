@@ -110,6 +110,8 @@ def _attention(
             projected = _short_convolution(w[f"attn.attention.short_conv.{name}"], projected, documents)
         heads[name] = [[token[h * D : (h + 1) * D] for token in projected] for h in range(H)]
 
+    features = REFERENCE_FEATURES.get(config.memory_rule, _phi)
+    parameters = {name.removeprefix(PARAMETERS): weight for name, weight in w.items() if name.startswith(PARAMETERS)}
     out = []  # of each head, of each token
     for h in range(H):
         q, k, v = (heads[name][h] for name in ("q", "k", "v"))
@@ -122,7 +124,7 @@ def _attention(
             weights = weights / weights.sum()
             result = sum(weight * v[j] for weight, j in zip(weights, visible, strict=True))
             if use_memory and memory.document == documents[i]:
-                phi_q = _phi(q[i])
+                phi_q = features(q[i], parameters, h)
                 retrieved = (phi_q @ memory.M[h]) / (phi_q @ memory.z[h])
                 result = gate * retrieved + (1 - gate) * result
             tokens.append(result)
@@ -135,9 +137,10 @@ def _attention(
         memory.z = [torch.zeros_like(z) for z in memory.z]
         memory.document = last
     rule = REFERENCE_RULES[config.memory_rule]
-    parameters = {name.removeprefix(PARAMETERS): weight for name, weight in w.items() if name.startswith(PARAMETERS)}
     for h in range(H):
-        written = [(_phi(heads["k"][h][i]), heads["v"][h][i]) for i in range(len(x)) if documents[i] == last]
+        written = [
+            (features(heads["k"][h][i], parameters, h), heads["v"][h][i]) for i in range(len(x)) if documents[i] == last
+        ]
         memory.M[h], memory.z[h] = rule(memory.M[h], memory.z[h], written, parameters, h)
 
     joined = [torch.cat([out[h][i] for h in range(H)]) for i in range(len(x))]
@@ -179,13 +182,22 @@ def _write_delta(
 # (M, z, written tokens, the rule's parameters, head) -> M and z of one head after a segment. Tests may add a rule.
 REFERENCE_RULES: dict[str, Write] = {
     "linear": _write_linear,
+    "softmax": _write_linear,
     "delta": partial(_write_delta, bounded=True),
     "delta_paper": partial(_write_delta, bounded=False),
 }
 
 
-def _phi(x: Tensor) -> Tensor:
+def _phi(x: Tensor, parameters: dict, h: int) -> Tensor:
     return torch.where(x > 0, x + 1, torch.exp(torch.clamp(x, max=0)))
+
+
+def _softmax(x: Tensor, parameters: dict, h: int) -> Tensor:
+    powers = torch.exp(torch.exp(parameters["log_scale"][h]) * x)
+    return powers / powers.sum()
+
+
+REFERENCE_FEATURES = {"softmax": _softmax}  # (x, the rule's parameters, head) -> phi(x), where it is not ELU(x) + 1
 
 
 def _rotated(config: InfiniGPTNeoConfig, x: Tensor, position: int) -> Tensor:
