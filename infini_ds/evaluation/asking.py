@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from infini_ds.utils.errors import UserError
 
 SHOWN_ANSWERS = 3  # of each setting of the memory
 SHOWN_FILLER = 12  # words at either end of a shortened story
-MAX_SEGMENTS = 1_000_000  # of a story
+MAX_SEGMENTS = 100_000  # of a story, whose words are kept
 
 
 class Candidate(NamedTuple):
@@ -80,22 +80,16 @@ class StoryReader:
             raise UserError(f"{self.evaluated.path} has no memory to ask: take a model of this project")
         return model
 
-    def read(
-        self, facts: Sequence[Fact], segments: int, after_piece: Callable[[int], None] = lambda tokens: None
-    ) -> None:
-        """Write a story, read it, and read another one for its memory.
-
-        Args:
-            after_piece: is called with a number of tokens that were read; of two stories.
-        """
+    def read(self, facts: Sequence[Fact], segments: int) -> None:
+        """Write a story, read it, and read another one for its memory."""
         model, rng = self.model, random.Random(f"story {self.seed}")
         shape = (segments, self.evaluated.tokenizer, self.evaluated.start_ids, model.config.segment_length)
         self.story = write_story(facts, *shape, rng)
         self.other = write_story(other_facts(facts, self.learned, rng), *shape, rng)
         started = time.monotonic()
-        self.cache = read_into_cache(model, self._ids(self.story.tokens), after_piece=after_piece)
+        self.cache = read_into_cache(model, self._ids(self.story.tokens))
         self.seconds = time.monotonic() - started
-        self.other_cache = read_into_cache(model, self._ids(self.other.tokens), after_piece=after_piece)
+        self.other_cache = read_into_cache(model, self._ids(self.other.tokens))
 
     def ask(self, key: str, option: str = "question") -> Answers:
         """Ask for the thing of a name.
@@ -115,7 +109,7 @@ class StoryReader:
             probabilities = self.probabilities(key, setting)
             seconds[setting] = time.monotonic() - started
             top = probabilities.topk(min(SHOWN_ANSWERS, len(probabilities)))
-            words = self.evaluated.tokenizer.convert_ids_to_tokens(top.indices.tolist())
+            words = [self.evaluated.tokenizer.decode([token]).strip() for token in top.indices.tolist()]
             candidates[setting] = [Candidate(w, p) for w, p in zip(words, top.values.tolist(), strict=True)]
         return Answers(key, self.story.value_of(key), self.other.value_of(key), candidates, seconds["on"])
 
@@ -183,9 +177,9 @@ class Conversation:
     facts: list[Fact]
     segments: int
 
-    def begin(self, after_piece: Callable[[int], None] = lambda tokens: None) -> str:
+    def begin(self) -> str:
         """Read the story, and return what to print."""
-        self.reader.read(self.facts, self.segments, after_piece)
+        self.reader.read(self.facts, self.segments)
         return format_story(self.reader)
 
     def reply(self, line: str) -> str:

@@ -33,6 +33,7 @@ from infini_ds.evaluation.recall_story import (
 )
 from infini_ds.utils.errors import UserError
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the chain, which takes long on a busy machine
 SOURCE = (
     "recall:pairs,first=key,keys=16,values=24,before=0-31,multiple=32,queries=4,distance=0-10,documents=60"
     "+pairs,first=key,multiple=32,keys=12,distance=32-100,documents=40"
@@ -217,7 +218,7 @@ def test_mistakes_are_one_sentence(chain):
         (["--facts", " "], "--facts is empty: give facts, such as Adam apple"),
         (["--facts", "Anna bear", "--ask", "Bob"], "--ask Bob: the story says nothing of Bob: ask for Anna"),
         (["--pairs", "17"], "--pairs 17 must be 1 to 16, the names that the model has learned"),
-        (["--segments", "1000001"], "--segments 1000001 must be 0 to 1000000"),
+        (["--segments", "100001"], "--segments 100001 must be 0 to 100000"),
     ):
         error = call_script("launch/ask.py", chain.run / "export", *arguments, code=2).stderr
         assert sentence in error and error.startswith("error: ") and error.count("\n") == 1, error
