@@ -51,7 +51,7 @@ def main() -> None:
     console = Console(highlight=False)
     problems = 0
     if recipe and environment.local_rank == 0:
-        prepares = needs_default(args.config, args.overrides) and data_to_prepare(recipe) is not None
+        prepares = needs_default(args.config, args.overrides) and bool(data_to_prepare(recipe))
         if prepares:
             recipe = with_data_to_prepare(recipe)
         alone = environment.world_size == 1
