@@ -19,7 +19,7 @@ from data_prep.__main__ import parse
 from data_prep.prepare import prepare
 from data_prep.synthetic.words import KEYS, VALUES
 from infini_ds.config import default_recipe
-from infini_ds.config.default_recipe import DEFAULT_DATA, RECALL_SOURCE, DefaultData
+from infini_ds.config.default_recipe import DEFAULT_DATA, RECALL_DATA, DefaultData
 from infini_ds.distributed.environment import detect_environment
 from infini_ds.evaluation.asking import StoryReader
 from infini_ds.evaluation.model_loading import load_evaluated_model
@@ -271,10 +271,11 @@ def test_drawn_facts_have_different_names_and_things():
     assert len(draw_facts(learned, 20, rng)) == 20, "more names than things"
 
 
-def test_the_recipe_names_the_folder_that_the_project_prepares(monkeypatch):
+def test_the_recipe_names_the_folders_that_the_project_prepares(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (data,) = default_recipe.default_data(default_recipe.load_recipe("launch/recipes/recall.yaml", []))
-    assert (data.source, data.sequence_length) == (RECALL_SOURCE, 1152) and "--vocab-size" not in data.prepare
-    streams = "data.streams=[{path: data/recall}, {path: data/stdlib}, {path: data/books}]"
-    found = default_recipe.default_data(default_recipe.load_recipe("launch/recipes/recall.yaml", [streams]))
-    assert [folder.path for folder in found] == ["data/recall", "data/stdlib"]
+    data = default_recipe.default_data(default_recipe.load_recipe("launch/recipes/recall.yaml", []))
+    assert data == list(RECALL_DATA) and all("--vocab-size" not in folder.prepare for folder in data)
+    streams = "data.streams=[{path: data/recall-3-far}, {path: data/stdlib}, {path: data/books}]"
+    overrides = [streams, "data.curriculum=[]"]
+    found = default_recipe.default_data(default_recipe.load_recipe("launch/recipes/recall.yaml", overrides))
+    assert [folder.path for folder in found] == ["data/recall-3-far", "data/stdlib"]
