@@ -29,7 +29,6 @@ MEMORY_OF_RANK = 2**30  # bytes that a rank of tiny-cpu takes, rounded up
 PROMPTS = ("import ", "def ", "class ")
 SAMPLING = ("--temperature", "0.6", "--max-new-tokens", "100")
 RECALL_CONFIG = "launch/recipes/recall.yaml"
-RECALL_OVERRIDES = ("model.short_conv=2", "model.config.window_size=256")  # for facts in natural order
 RECALL_SEGMENTS = ("1", "4", "16", "64", "256")  # between facts and question
 
 
@@ -41,15 +40,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)
-    overrides = [*(RECALL_OVERRIDES if args.recall else ()), *args.overrides]
     config = args.config or (RECALL_CONFIG if args.recall else str(default_recipe()))
-    recipe = load_recipe(config, overrides)
+    recipe = load_recipe(config, args.overrides)
     export = recipe.folder / "export"
 
     data = default_data(recipe)
     for folder in data:  # other data is prepared by the user, with options of their own
         run_step("text to shards", folder.prepare)
-    run_step("training", [*launcher(recipe), "launch/pretrain.py", "--config", config, *overrides], graceful=True)
+    run_step("training", [*launcher(recipe), "launch/pretrain.py", "--config", config, *args.overrides], graceful=True)
     run_step("export to Hugging Face format", ["launch/convert.py", str(recipe.folder), "--out", str(export)])
     if args.recall or any(folder.source.startswith(SOURCE) for folder in data):
         task = ["--tasks", "recall", "--recall", learned_facts(recipe.folder).task, "--segments", *RECALL_SEGMENTS]

@@ -66,7 +66,7 @@ class Chain:
     def __call__(self) -> dict[str, str]:
         """Run all steps. Returns what each printed."""
         argv, folder = sys.argv, os.getcwd()
-        where = [f"data.path={self.folder / 'data'}", f"output={self.folder}"]
+        where = [f"data.path={self.folder / 'data'}", "data.curriculum=[]", f"output={self.folder}"]
         sys.argv = ["quickstart.py", "--recall", *where, *STEPS, "--examples", "2"]
         self.printed = {}
         try:
