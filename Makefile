@@ -1,4 +1,5 @@
 # make pretrain    text -> shards -> training -> Hugging Face folder -> report, on whatever hardware there is
+# make recall      a small model that learns to recall facts by its memory, evaluated, with a report, and ready to be asked
 # make study       the study in small: a grid of runs, evaluated, with one report; half an hour on two cores
 # make gpu         checks and measures what this machine's GPU gives, in ten minutes; ARGS="--device cpu": in small, without one
 # make test        the whole test suite
@@ -9,10 +10,13 @@ PYTHON ?= python3
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: pretrain study gpu test test-transformers test-slurm lint format lock clean
+.PHONY: pretrain recall study gpu test test-transformers test-slurm lint format lock clean
 
 pretrain: $(INSTALLED)
 	@.venv/bin/python launch/quickstart.py $(ARGS)
+
+recall: $(INSTALLED)
+	@.venv/bin/python launch/quickstart.py --recall $(ARGS)
 
 study: $(INSTALLED)
 	@.venv/bin/python launch/study.py launch/studies/small.yaml $(ARGS)

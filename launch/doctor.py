@@ -19,7 +19,6 @@ from rich.text import Text
 from infini_ds.config.default_recipe import (
     data_to_prepare,
     load_recipe_or_default,
-    needs_default,
     with_data_to_prepare,
 )
 from infini_ds.distributed.entry_point import run_main
@@ -51,7 +50,7 @@ def main() -> None:
     console = Console(highlight=False)
     problems = 0
     if recipe and environment.local_rank == 0:
-        prepares = needs_default(args.config, args.overrides) and data_to_prepare(recipe) is not None
+        prepares = bool(data_to_prepare(recipe))
         if prepares:
             recipe = with_data_to_prepare(recipe)
         alone = environment.world_size == 1

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from infini_ds.config.default_recipe import load_recipe_or_default, needs_default, with_data_to_prepare
+from infini_ds.config.default_recipe import load_recipe_or_default, with_data_to_prepare
 from infini_ds.config.lr_schedule import gate_reach
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.planning.hardware import GPUS
@@ -37,9 +37,7 @@ def main() -> None:
     flags = [f"plan.{name}={value}" for name, value in given.items() if value is not None]
     if args.gpu and args.memory is None:
         flags.append("plan.memory=null")
-    recipe = load_recipe_or_default(args.config, [*args.overrides, *flags])
-    if needs_default(args.config, args.overrides):
-        recipe = with_data_to_prepare(recipe)
+    recipe = with_data_to_prepare(load_recipe_or_default(args.config, [*args.overrides, *flags]))
     plan = make_plan(recipe)
     console = Console(highlight=False)
     console.print(summary_table(plan))

@@ -19,7 +19,7 @@ shutdown = GracefulShutdown()
 if __name__ == "__main__":
     shutdown.listen()  # before the imports that take seconds
 
-from infini_ds.config.default_recipe import load_recipe_or_default, needs_default, prepare_default_data
+from infini_ds.config.default_recipe import load_recipe_or_default, prepare_default_data
 from infini_ds.config.resolve import resolve
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import detect_environment, set_cpu_threads
@@ -36,8 +36,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     environment = detect_environment()
     recipe = load_recipe_or_default(args.config, args.overrides)
-    if needs_default(args.config, args.overrides):
-        prepare_default_data(recipe, environment)
+    prepare_default_data(recipe, environment)
     set_cpu_threads(environment)
     run = resolve(recipe, environment)
 

@@ -1,6 +1,7 @@
 """Run what `make pretrain` runs: text to shards, training, export, report. Finished steps are skipped.
 
 python launch/quickstart.py [--config RECIPE] [key=value ...]
+python launch/quickstart.py --recall [key=value ...]    what `make recall` runs: a model of facts, evaluated and asked
 """
 
 import argparse
@@ -20,37 +21,52 @@ from infini_ds.distributed.entry_point import run_main
 from infini_ds.distributed.environment import free_port
 from infini_ds.distributed.signal_relay import run_graceful
 from infini_ds.distributed.signals import STOPPED_EARLY
+from infini_ds.evaluation.recall_story import SOURCE, learned_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_OF_RANK = 2**30  # bytes that a rank of tiny-cpu takes, rounded up
 # What the model of the default's data, Python, is asked to continue.
 PROMPTS = ("import ", "def ", "class ")
 SAMPLING = ("--temperature", "0.6", "--max-new-tokens", "100")
+RECALL_CONFIG = "launch/recipes/recall.yaml"
+RECALL_SEGMENTS = ("1", "4", "16", "64", "256")  # between facts and question
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a recipe (default: tiny-gpu on a machine with a GPU, else tiny-cpu)")
+    parser.add_argument("--recall", action="store_true", help="train a model to recall facts, evaluate it, and ask it")
+    parser.add_argument("--examples", type=int, default=200, help="of each distance, with --recall (default: 200)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)
-    config = args.config or str(default_recipe())
+    config = args.config or (RECALL_CONFIG if args.recall else str(default_recipe()))
     recipe = load_recipe(config, args.overrides)
+    export = recipe.folder / "export"
 
     data = default_data(recipe)
-    if data:  # other data is prepared by the user, with options of their own
-        run_step("text to shards", data.prepare)
-    # Not by the `deepspeed` command, whose first line breaks if the environment's path has a space. Its own log is
-    # hidden, since the ranks print what is wrong.
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks(recipe)), "--master_port", free_port()]
-    training = ["launch/pretrain.py", "--config", config, *args.overrides]
-    run_step("training", [*launcher, "--log_level", "critical", *training], graceful=True)
-    export = ["launch/convert.py", str(recipe.folder), "--out", str(recipe.folder / "export")]
-    run_step("export to Hugging Face format", export)
+    for folder in data:  # other data is prepared by the user, with options of their own
+        run_step("text to shards", folder.prepare)
+    run_step("training", [*launcher(recipe), "launch/pretrain.py", "--config", config, *args.overrides], graceful=True)
+    run_step("export to Hugging Face format", ["launch/convert.py", str(recipe.folder), "--out", str(export)])
+    if args.recall or any(folder.source.startswith(SOURCE) for folder in data):
+        task = ["--tasks", "recall", "--recall", learned_facts(recipe.folder).task, "--segments", *RECALL_SEGMENTS]
+        where = [str(export), "--out", str(recipe.folder / "evaluation"), "--examples", str(args.examples)]
+        run_step("accuracy by distance", [*launcher(recipe), "launch/evaluate.py", *where, *task])
+        run_step("report", ["launch/report.py", "--recall", str(recipe.folder)])
+        return
     run_step("report", ["launch/report.py", str(recipe.folder)])
     if data:
         prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
-        run_step("text", ["launch/generate.py", str(recipe.folder / "export"), *SAMPLING, *prompts])
+        run_step("text", ["launch/generate.py", str(export), *SAMPLING, *prompts])
+
+
+def launcher(recipe: Recipe) -> list[str]:
+    """Return the arguments of Python that start a script as several ranks."""
+    # Not by the `deepspeed` command, whose first line breaks if the environment's path has a space. Its own log is
+    # hidden, since the ranks print what is wrong.
+    options = ["--num_gpus", str(ranks(recipe)), "--master_port", free_port(), "--log_level", "critical"]
+    return ["-m", "deepspeed.launcher.runner", *options]
 
 
 def ranks(recipe: Recipe) -> int:

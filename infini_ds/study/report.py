@@ -6,6 +6,7 @@ The report is a function of results.csv, gates.csv and provenance.json in the st
 import shutil
 from pathlib import Path
 
+from infini_ds.evaluation.html import bullets, table, to_html
 from infini_ds.study import figures
 from infini_ds.study.collect import collect_provenance, collect_results
 from infini_ds.study.commands import StudyCommands
@@ -21,7 +22,6 @@ from infini_ds.study.conclusions import (
     pretrained_and_finetuned,
 )
 from infini_ds.study.grid import Run
-from infini_ds.study.html import bullets, table, to_html
 from infini_ds.study.provenance import Provenance, read_provenance, write_provenance
 from infini_ds.study.reference_results import ACCURACIES, GPT_NEO, STEPS
 from infini_ds.study.results import Cell, RunResult, gate_movements, group_by_cell, spread

@@ -25,6 +25,7 @@ def test_no_script_takes_a_path_as_it_is():
         ("evaluate", ["~/empty"], "{home}/empty is neither an exported folder"),
         ("generate", ["~/empty", "--prompt=x"], "{home}/empty is neither an exported folder"),
         ("report", ["~/empty"], "{home}/empty is not a run"),
+        ("ask", ["~/empty"], "{home}/empty is neither an exported folder"),
         ("pretrain", ["--config=~/wrong.yaml"], "unknown key stepz in ~/wrong.yaml"),
         ("plan", ["--config=~/wrong.yaml"], "unknown key stepz in ~/wrong.yaml"),
         ("doctor", ["--config=~/wrong.yaml"], "unknown key stepz in ~/wrong.yaml"),
