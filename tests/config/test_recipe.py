@@ -154,7 +154,9 @@ def refused(key: Key) -> st.SearchStrategy[str]:
         return st.one_of(texts)
     if any(get_origin(member) is Literal for member in members):
         return lists | st.text("abcdefgh", min_size=1)
-    return lists if key.name not in ("data.streams", "data.curriculum") else st.sampled_from(["3", "null", "text", "[3]"])
+    return (
+        lists if key.name not in ("data.streams", "data.curriculum") else st.sampled_from(["3", "null", "text", "[3]"])
+    )
 
 
 @many

@@ -117,6 +117,12 @@ def test_two_ranks_train_as_one(own, one, curriculum, tmp_path):
     assert ": stage 2 has run its 5 steps: " in line and line.endswith("/long, 2 rows of 256 tokens a step")
 
 
+def test_data_workers_that_have_read_ahead_change_nothing(one, curriculum, tmp_path):
+    build(curriculum, f"output={tmp_path}", "name=workers", *SHAPE, *CHOICES, "data.workers=1").fit()
+    for name in ("train/loss", "train/stage"):
+        assert recorded(tmp_path / "workers", name) == recorded(one, name)
+
+
 def copy_until(run: Path, step: int, output: Path) -> Path:
     """Copy a run as a kill after the checkpoint of a step leaves it."""
     copy = output / run.name
