@@ -7,14 +7,12 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from infini_ds.checkpoint.manifest import MANIFEST
 from infini_ds.conversion.card import card_of_checkpoint
-from infini_ds.conversion.locate import ModelLocation, load_model, load_tokenizer
+from infini_ds.conversion.locate import ModelLocation, kind_of, load_model, load_tokenizer
 from infini_ds.conversion.model_code import write_code
 from infini_ds.conversion.tokenizer_settings import write_tokenizer_settings
-from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
-from infini_ds.utils.pretrained import read_config
 
 # Tools take `n_positions`, or else `max_position_embeddings`, for the longest text; the latter is the size of the table
 # of positions, of which each segment begins with the first one.
@@ -81,11 +79,9 @@ def _share_permissions(folder: Path) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    if (folder / MANIFEST).exists() or (folder / ".git").exists():
-        return False
     try:
-        return read_config(folder, str(folder)).get("model_type") == InfiniGPTNeoConfig.model_type
-    except UserError:  # no config.json, or a broken one, whose folder is not replaced
+        return kind_of(folder) == "export" and not (folder / ".git").exists()
+    except UserError:  # a broken config.json, whose folder is not replaced
         return False
 
 

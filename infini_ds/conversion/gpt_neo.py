@@ -37,9 +37,9 @@ def from_gpt_neo(
     try:
         gpt_neo = GPTNeoConfig.get_config_dict(name)[0]
     except OSError as error:
-        raise UserError(f"--from-gpt-neo {name}: {first_line(error)}") from error
+        raise UserError(f"{given}: {first_line(error)}") from error
     if gpt_neo.get("model_type") != "gpt_neo":
-        raise UserError(f"--from-gpt-neo {name} is a {gpt_neo.get('model_type')!r} model, not gpt_neo")
+        raise UserError(f"{given} is a {gpt_neo.get('model_type')!r} model, not gpt_neo")
     fields = GPTNeoConfig(**gpt_neo).to_diff_dict()
     for key in ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(key, None)
@@ -48,7 +48,7 @@ def from_gpt_neo(
             **fields, segment_length=segment_length, gate_init=GATES[gates], short_conv=short_conv
         )
     except ValueError as error:
-        raise UserError(f"--from-gpt-neo {name}: {first_line(error)}") from error
+        raise UserError(f"{given}: {first_line(error)}") from error
     model = load_pretrained(InfiniGPTNeoForCausalLM, name, given, config, may_lack=OURS)
     origin = f"Converted from `{name}`: each layer has a memory, whose gates start {gates} and are not trained yet."
     tokenizer = _load_tokenizer(name, given)

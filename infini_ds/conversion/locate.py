@@ -61,9 +61,9 @@ def locate(path: str | Path) -> ModelLocation:
     kind = kind_of(path)
     if kind == "checkpoint":
         run = path.resolve().parent.parent
-        if not (run / "recipe.yaml").is_file():
+        if not (run / RECIPE_FILE).is_file():
             raise UserError(
-                f"{path}: a checkpoint is read from inside its run, and {run} is not a run (it has no recipe.yaml)"
+                f"{path}: a checkpoint is read from inside its run, and {run} is not a run (it has no {RECIPE_FILE})"
             )
         return ModelLocation(path, path, run)
     if kind == "run":

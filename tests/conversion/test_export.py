@@ -22,6 +22,7 @@ from infini_ds.conversion.locate import load_model, locate
 from infini_ds.conversion.model_code import MODEL, write_code
 from infini_ds.evaluation.model_loading import model_sha256
 from infini_ds.model import InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
+from infini_ds.utils.errors import UserError
 
 WORDS = ["import", "a", "b", "c", "d"]
 SHAPE = {"vocab_size": 16, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 16}
@@ -256,3 +257,12 @@ def test_exports_of_earlier_versions_load_and_are_replaced(tmp_path):
     after = load_model(locate(out)).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not (out / "modeling.py").exists()
+
+
+@pytest.mark.parametrize("name", [".git", "checkpoints"])
+def test_an_export_with_folders_of_its_users_is_not_replaced(name, tmp_path):
+    out = write_export(tmp_path / "export")
+    (out / name).mkdir()
+    with pytest.raises(UserError, match=r"export holds other files: choose another folder"):
+        write_export(out)
+    assert (out / name).is_dir()

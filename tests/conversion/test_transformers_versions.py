@@ -1,27 +1,20 @@
 """An export works without this project, with the version of transformers that runs the tests."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from harness import ROOT, environment
+from alone import run_alone
+from harness import ROOT
 from reference import TINY, writer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from infini_ds.conversion.export import write_folder
 
-ALONE = """
-import sys
-from pathlib import Path
-
+PROGRAM = """
 folder, out, project = sys.argv[1:]
-sys.path = [path for path in sys.path if not Path(path or ".", "infini_ds").exists()]
-sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
-sys.modules["infini_ds"] = None  # an import of it fails
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -68,13 +61,7 @@ def test_an_export_generates_with_its_cache_in_a_process_of_its_own(short_conv, 
     ).save_pretrained(tmp_path / "tokenizer")
     model = writer(dtype=torch.float32, short_conv=short_conv)
     write_folder(model, tmp_path / "tokenizer", tmp_path / "folder", "A card.\n")
-    # The packages of this interpreter, in its order, without the project.
-    variables = {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", ALONE, str(tmp_path / "folder"), str(tmp_path / "out.pt"), str(ROOT)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(**variables), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone(PROGRAM, tmp_path / "folder", tmp_path / "out.pt", ROOT, cwd=tmp_path, cache=tmp_path / "cache")
     alone = torch.load(tmp_path / "out.pt")
     assert alone["version"] == transformers.__version__
     ids = alone["ids"]
