@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from infini_ds.data.batches import Batch, ModelInputs, pad_documents
 from infini_ds.evaluation.model_loading import has_memory
+from infini_ds.model import InfiniCache
 from infini_ds.model.loss import IGNORE_INDEX
 
 MEMORY_SETTINGS = ("on", "off", "other")  # the memory as it is, switched off, and that of another document
@@ -118,6 +119,7 @@ def greedy_answers(
     answers: list[list[Span]],
     memory: str = "on",
     other: Batch | None = None,
+    cache: InfiniCache | None = None,
 ) -> list[list[bool]]:
     """Return for each answer whether greedy decoding gives it.
 
@@ -127,13 +129,15 @@ def greedy_answers(
     Args:
         batch, memory, other: as for `token_losses`.
         answers: where the answers of each row are.
+        cache: of a model with a memory: what it has read before, for the rows of `batch` and then those of `other`. It
+            is changed.
     """
     places = [(row, at) for row, spans in enumerate(answers) for begin, end in spans for at in range(begin, end)]
     rows, positions = torch.tensor(places).unbind(1)
     if has_memory(model):
         inputs, options = _with_other(model, batch, memory, other)
         without_labels = {name: values for name, values in inputs.items() if name != "labels"}
-        hidden = model.transformer(**without_labels, **options).last_hidden_state
+        hidden = model.transformer(**without_labels, **options, past_key_values=cache).last_hidden_state
         predicted = model.lm_head(hidden[rows, positions - 1]).argmax(-1).cpu()
     else:
         predicted = _predictions_in_window(model, batch, answers)[rows, positions - 1]
