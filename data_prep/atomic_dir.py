@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from infini_ds.utils.errors import UserError
+
 # While a process builds a folder it locks this file in it. The kernel releases the lock however that process ends.
 LOCK = ".data_prep.lock"
 
@@ -20,11 +22,16 @@ def build_folder(out: Path, replace: bool) -> Iterator[Path]:
 
     Args:
         replace: `out` exists, was built by this function, and may be removed.
+    Raises:
+        UserError: no folder can be made at that place.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out)
     partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out)
+        partial.mkdir()
+    except FileNotFoundError as error:  # a file system without folders of users, such as /proc
+        raise UserError(f"--out {out}: no folder can be made there ({error.strerror}); name another") from error
     try:
         with open(partial / LOCK, "w") as lock:
             with suppress(OSError):  # a file system without locks: abandoned folders are then left to the user

@@ -174,9 +174,5 @@ def _plain_folder(folder: str, options: ReadOptions) -> Iterator[str]:
 
 def _lower_ending(name: str) -> str:
     """Return the name with its endings in small letters: a.JSONL.GZ -> a.jsonl.gz. README.md stays."""
-    stem, dot, ending = name.partition(".")
-    return (
-        stem + dot + ending.lower()
-        if compression_of(name)
-        else os.path.splitext(name)[0] + (os.path.splitext(name)[1].lower())
-    )
+    stem, ending = os.path.splitext(name)
+    return (_lower_ending(stem) if compression_of(name) else stem) + ending.lower()

@@ -22,7 +22,7 @@ from infini_ds.distributed.environment import detect_environment, set_cpu_thread
 from infini_ds.evaluation.evaluate import evaluate, show_evaluation
 from infini_ds.evaluation.model_loading import load_evaluated_model
 from infini_ds.evaluation.result_cache import ResultCache
-from infini_ds.evaluation.task import TASKS, EvaluationContext, integer
+from infini_ds.evaluation.task import TASKS, EvaluationContext, add_integer
 from infini_ds.utils.errors import UserError, did_you_mean
 from infini_ds.utils.paths import user_path
 
@@ -34,14 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     add("model", nargs="?", type=os.path.expanduser, help=what)
     add("--tasks", nargs="+", default=["position"], metavar="TASK", help=f"{', '.join(TASKS)} (default: position)")
     add("--out", type=user_path, help="folder of the results (default: evaluation/ in the folder of the model)")
-    add("--seed", type=integer("--seed", 0), default=0, help="of random draws in all tasks (default: %(default)s)")
-    add("--limit", type=integer("--limit", 0), default=0, help="examples of each data set, 0 for all (default: all)")
-    add(
-        "--batch-tokens",
-        type=integer("--batch-tokens", 1),
-        default=16_384,
-        help="tokens to compute at once; no result depends on it (default: %(default)s)",
-    )
+    add_integer(parser, "--seed", 0, 0, "of random draws in all tasks")
+    add_integer(parser, "--limit", 0, 0, "examples of each data set, 0 for all", shown="all")
+    add_integer(parser, "--batch-tokens", 1, 16_384, "tokens to compute at once; no result depends on it")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     for task in TASKS.values():
         task.add_arguments(parser.add_argument_group(f"task {task.name}", task.help))

@@ -11,6 +11,7 @@ python launch/generate.py runs/tiny --memory book.memory --prompt "Then she said
 import argparse
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def main() -> None:
         raise UserError(f"--temperature {args.temperature} must be a finite number of at least 0")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
+    if not -(2**63) <= args.seed < 2**64:  # what PyTorch takes
+        raise UserError(f"--seed {args.seed} must be an integer of 64 bits")
     check_memory_options(args)
     setup_logging(stderr=True)  # stdout is for the text
     prompts = [] if args.remember and not (args.prompt or args.file) else read_prompts(args)
@@ -70,15 +73,18 @@ def main() -> None:
         raise UserError(f"--memory {args.memory} needs text that continues it: give --prompt TEXT or --file FILE")
     if not all(prompts) and model.config.bos_token_id is None:
         raise UserError(f"{location.path} has no token that begins a document: give --prompt TEXT")
+    inputs = [prompt_inputs(tokenizer, model, prompt, begins=memory is None) for prompt in prompts]
+    if memory is not None:
+        check_prompts(inputs, memory, args.memory)
     torch.manual_seed(args.seed)
     sampling: dict[str, Any] = {"do_sample": args.temperature > 0}
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p}
-    for prompt in prompts:
+    for prompt in inputs:
         # Each prompt continues the text itself, and not the answer to the prompt before it.
         continued: dict[str, Any] = {} if memory is None else {"past_key_values": memory.copy()}
         model.generate(
-            **prompt_inputs(tokenizer, model, prompt, begins=memory is None),
+            **prompt,
             **continued,
             max_new_tokens=args.max_new_tokens,
             use_memory=not args.memory_off,
@@ -101,6 +107,11 @@ def check_memory_options(args: argparse.Namespace) -> None:
         )
     if args.remember and not args.memory.parent.is_dir():
         raise UserError(f"--memory {args.memory}: there is no folder {args.memory.parent}; name a file in one")
+    if args.remember:
+        try:  # before a long text is read
+            tempfile.TemporaryFile(dir=args.memory.parent).close()
+        except OSError as error:
+            raise cannot_write(args.memory, error) from error
     if args.memory and not args.remember and not args.memory.is_file():
         raise UserError(f"--memory {args.memory}: no such file; write it with --remember TEXT --memory {args.memory}")
 
@@ -121,10 +132,14 @@ def remember(
     try:
         cache.save(memory, model)
     except OSError as error:
-        raise UserError(f"--memory {memory} cannot be written ({error.strerror}): name another file") from error
+        raise cannot_write(memory, error) from error
     size = memory.stat().st_size
     print(f"{memory}: the memory of {ids.shape[1]:,} tokens of {text}, {size:,} bytes", file=sys.stderr)
     return cache
+
+
+def cannot_write(memory: Path, error: OSError) -> UserError:
+    return UserError(f"--memory {memory} cannot be written ({error.strerror}): name another file")
 
 
 def load_memory(model: InfiniGPTNeoForCausalLM, file: Path) -> InfiniCache:
@@ -133,6 +148,18 @@ def load_memory(model: InfiniGPTNeoForCausalLM, file: Path) -> InfiniCache:
         return InfiniCache.load(file, model)
     except (ValueError, OSError) as error:
         raise UserError(f"--memory {error}") from error
+
+
+def check_prompts(inputs: list[dict[str, Any]], memory: InfiniCache, file: Path) -> None:
+    """Raise a UserError for a prompt that `generate()` can take for the remembered text itself, changed or complete."""
+    for prompt in inputs:
+        try:
+            memory.copy().begin_generation(prompt["input_ids"])
+        except ValueError as error:
+            reason = str(error).partition(": ")[0]
+            raise UserError(
+                f"--memory {file}: {reason}; give with --prompt or --file only what follows that text"
+            ) from error
 
 
 def read_text(option: str, file: Path) -> str:

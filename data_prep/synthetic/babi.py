@@ -8,9 +8,11 @@ a book, the question at the end, and the answer is one word. The files are those
     3 Where is Mary? <tab>bathroom<tab>1
 """
 
+import lzma
 import random
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,12 +25,13 @@ from data_prep.synthetic.haystack import Haystack, words
 from data_prep.synthetic.in_text import InText
 from data_prep.synthetic.specs import parse_options
 from data_prep.synthetic.tasks import check_choice
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 
 FILE = re.compile(r"(?:^|/)qa(\d+)(?:_[^/]*)?\.txt$")
 SPLITS = {"train": ("train",), "evaluation": ("valid", "test")}  # words in the paths of their files
 ONE_TO_FIVE = IntRange(1, 5)
 LINE = re.compile(r"(\d+) (.*)")
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # of a compressed archive that is cut off or changed
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def read_babi(path: str | Path, split: str) -> dict[int, list[Story]]:
     Raises:
         UserError: no such files, several of a task, or a line of one is not in bAbI's form.
     """
-    named = [(name, text) for name, text in _read_files(Path(path))]
+    named = _read_files(Path(path))
     wanted = SPLITS[split]
     known = {word for words_of in SPLITS.values() for word in words_of}
     labels = {name: {word for word in known if word in name} for name, _ in named}
@@ -68,6 +71,8 @@ def read_babi(path: str | Path, split: str) -> dict[int, list[Story]]:
         if task in files:
             raise UserError(f"{path}: task {task} is in {files[task]} and in {name}; name a folder that holds it once")
         files[task], stories[task] = name, list(_parse(f"{path}: {name}", text))
+        if not stories[task]:
+            raise UserError(f"{path}: {name} has no question; fetch it again, or remove it")
     if not stories:
         raise UserError(
             f"{path}: no files qa1.txt, qa2.txt, … of the {split} split of bAbI are in it; name its folder or archive"
@@ -75,27 +80,38 @@ def read_babi(path: str | Path, split: str) -> dict[int, list[Story]]:
     return stories
 
 
-def _read_files(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and text of each file of bAbI in a folder or an archive, sorted by name."""
-    if path.is_dir():
-        found = {file.relative_to(path).as_posix(): file for file in path.rglob("qa*.txt")}
-        for name in sorted(found):
-            if FILE.search(name):
-                yield name, found[name].read_text(encoding="utf-8")
-        return
+def _read_files(path: Path) -> list[tuple[str, bytes]]:
+    """Return name and content of each file of bAbI in a folder or an archive, sorted by name."""
     try:
-        with tarfile.open(path) as archive:
-            members = {member.name: member for member in archive if member.isfile() and FILE.search(member.name)}
-            for name in sorted(members):
-                content = archive.extractfile(members[name])
-                assert content is not None  # it is a file
-                yield name, content.read().decode()
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{path}: no folder and no tar archive of bAbI ({error}); name one") from error
+        return sorted(dict(_folder_files(path) if path.is_dir() else _archive_files(path)).items())
+    except (OSError, tarfile.TarError, *DAMAGED) as error:
+        reason = first_line(error).rstrip(":")  # of an unknown compression, a list of what was tried follows
+        raise UserError(
+            f"{path}: no folder and no tar archive of bAbI ({reason}); name one, or fetch it again if it is damaged"
+        ) from error
 
 
-def _parse(name: str, text: str) -> Iterator[Story]:
+def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in path.rglob("qa*.txt"):
+        name = file.relative_to(path).as_posix()
+        if FILE.search(name):
+            yield name, file.read_bytes()
+
+
+def _archive_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() and FILE.search(member.name) else None
+            if content is not None:
+                yield member.name, content.read()
+
+
+def _parse(name: str, content: bytes) -> Iterator[Story]:
     """Yield the stories of a file. A line with number 1 begins one."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 at byte {error.start}; fetch it again") from None
     story: Story = []
     facts: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -106,11 +122,13 @@ def _parse(name: str, text: str) -> Iterator[Story]:
             if story:
                 yield story
             story, facts = [], []
-        content, *rest = match[2].split("\t")
+        sentence, *rest = match[2].split("\t")
+        if rest and not rest[0].strip():
+            raise UserError(f"{name} line {number} has no answer after its question; fetch the file again")
         if rest:
-            story.append(Question(tuple(facts), content.strip(), rest[0].strip()))
+            story.append(Question(tuple(facts), sentence.strip(), rest[0].strip()))
         else:
-            facts.append(content.strip())
+            facts.append(sentence.strip())
     if story:
         yield story
 

@@ -98,7 +98,7 @@ class Point:
     """What is scored at one length and depth.
 
     name: of the task. chance: as in `ScoredTask`.
-    options: all that the scores depend on besides the model.
+    options: all that the scores depend on besides the model and the arguments of `score_points`.
     compute: every rank calls it, and all get the same scores.
     """
 
@@ -119,9 +119,11 @@ def score_points(
         task: name of the evaluation task. source: where its data are from.
     """
     tasks: dict[str, ScoredTask] = {}
+    shared = {"segment_length": segment_length, "examples": examples, "seed": context.seed}
     with ProgressBar(task, len(points), shown=collectives.is_rank_zero()) as progress:
         for point in points:
-            scores = context.cache.get_or_compute(f"{task}/{point.name}", point.options, Scores, point.compute)
+            part, options = f"{task}/{point.name}", point.options | shared
+            scores = context.cache.get_or_compute(part, options, Scores, point.compute)
             scored = ScoredPoint(point.segments, point.depth, **vars(scores))
             earlier = tasks.get(point.name, ScoredTask(point.chance, ()))
             tasks[point.name] = replace(earlier, points=(*earlier.points, scored))

@@ -1,6 +1,5 @@
 """evaluation.json: the results of one model, task by task."""
 
-import json
 import platform
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -9,7 +8,7 @@ from typing import Any
 
 import infini_ds.evaluation.tasks  # noqa: F401, registers the tasks
 from infini_ds.evaluation.model_loading import ModelFacts
-from infini_ds.evaluation.result_cache import write_json
+from infini_ds.evaluation.result_cache import read_results, write_results
 from infini_ds.evaluation.serialization import from_json
 from infini_ds.evaluation.task import TASKS, TaskResult
 
@@ -50,9 +49,12 @@ def start_evaluation(folder: Path, model: ModelFacts, command: str, seed: int) -
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """Return the evaluation in a folder of results, or None if it holds none."""
-    file = folder / EVALUATION_FILE
-    return from_json(Evaluation, json.loads(file.read_text())) if file.is_file() else None
+    """Return the evaluation in a folder of results, or None if it holds none.
+
+    Raises:
+        UserError: its evaluation.json is damaged.
+    """
+    return read_results(folder / EVALUATION_FILE, Evaluation)
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
@@ -61,4 +63,4 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    write_json(folder / EVALUATION_FILE, asdict(evaluation))
+    write_results(folder / EVALUATION_FILE, asdict(evaluation))

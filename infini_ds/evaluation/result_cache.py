@@ -10,7 +10,7 @@ import infini_ds
 from infini_ds.distributed import collectives
 from infini_ds.evaluation.serialization import from_json
 from infini_ds.utils.atomic import write_json_atomic
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.errors import UserError, first_line
 from infini_ds.utils.hashing import sha256_of_json
 
 CACHE_FILE = "parts.json"  # finished parts, by their cache key
@@ -74,7 +74,7 @@ class ResultCache:
     def _store(self, name: str, options: Options, result: Any) -> None:
         if collectives.is_rank_zero():
             parts = self._read() | {self._key(name, options): {"part": name, "result": asdict(result)}}
-            write_json(self.folder / CACHE_FILE, parts)
+            write_results(self.folder / CACHE_FILE, parts)
 
     def _key(self, name: str, options: Options) -> str:
         return sha256_of_json(
@@ -82,11 +82,24 @@ class ResultCache:
         )
 
     def _read(self) -> dict[str, Any]:
-        file = self.folder / CACHE_FILE
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_results(self.folder / CACHE_FILE, dict[str, Any]) or {}
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def read_results(file: Path, kind: type[T]) -> T | None:
+    """Return what a file of the results folder holds, or None if there is no such file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return from_json(kind, json.loads(file.read_text()))
+    except ValueError as error:  # of `json`, or of pydantic
+        raise UserError(f"{file} is damaged ({first_line(error)}): remove it, and evaluate again") from error
+
+
+def write_results(file: Path, content: dict[str, Any]) -> None:
     """Write a file of the results folder, which is created if needed.
 
     Raises:

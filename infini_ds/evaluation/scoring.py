@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from infini_ds.data.batches import Batch, ModelInputs, pad_documents
 from infini_ds.evaluation.model_loading import has_memory
+from infini_ds.model import InfiniCache
 from infini_ds.model.loss import IGNORE_INDEX
 from infini_ds.training.recall import Span, grade_answers, likeliest_tokens
 
@@ -103,6 +104,7 @@ def greedy_answers(
     answers: list[list[Span]],
     memory: str = "on",
     other: Batch | None = None,
+    cache: InfiniCache | None = None,
 ) -> list[list[bool]]:
     """Return for each answer whether greedy decoding gives it.
 
@@ -112,12 +114,14 @@ def greedy_answers(
     Args:
         batch, memory, other: as for `token_losses`.
         answers: where the answers of each row are.
+        cache: of a model with a memory: what it has read before, for the rows of `batch` and then those of `other`. It
+            is changed.
     """
 
     def predict(rows: Tensor, positions: Tensor) -> Tensor:
         if has_memory(model):
             inputs, options = _with_other(model, batch, memory, other)
-            return likeliest_tokens(model, inputs, rows, positions, **options)
+            return likeliest_tokens(model, inputs, rows, positions, **options, past_key_values=cache)
         return _predictions_in_window(model, batch, answers)[rows, positions - 1]
 
     return grade_answers(batch.input_ids, answers, predict)

@@ -20,7 +20,7 @@ from infini_ds.distributed import collectives
 from infini_ds.evaluation.accuracy import Scores
 from infini_ds.evaluation.generation import read_into_cache
 from infini_ds.evaluation.model_loading import EvaluatedModel, has_memory
-from infini_ds.evaluation.scoring import greedy_answers, memory_settings, segment_length
+from infini_ds.evaluation.scoring import Span, greedy_answers, memory_settings, segment_length
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
 
 SEGMENTS_AT_ONCE = 4  # of a row, at least, that are read at once
@@ -90,7 +90,7 @@ def answers_after_texts(
     if not has_memory(model.model):
         rows = pad_documents([e.text + end for e, end in zip(examples, ends, strict=True)])
         spans = [[(len(e.text) + a, len(e.text) + b) for a, b in span] for e, span in zip(examples, spans, strict=True)]
-        return {"on": [row[0] for row in greedy_answers(model.model, rows, spans)]}
+        return {"on": [answer for (answer,) in greedy_answers(model.model, rows, spans)]}
     texts = torch.tensor([example.text for example in examples], dtype=torch.long, device=model.model.device)
     assert texts.shape[1] % model.model.config.segment_length == 0, "the question begins a segment"
     cache = read_into_cache(model.model, texts) if texts.numel() else None
@@ -104,34 +104,21 @@ def answers_after_texts(
     }
 
 
-@torch.no_grad()
 def _answers(
     model: InfiniGPTNeoForCausalLM,
     cache: InfiniCache | None,
     ends: list[list[int]],
-    spans: list[list[tuple[int, int]]],
+    spans: list[list[Span]],
     setting: str,
     partners: list[int],
 ) -> list[bool]:
-    B, batch = len(ends), pad_documents(ends)
-    memory_of = None
+    """Return for each example whether its answer is given in one setting of the memory. The cache stays as it is."""
+    B = len(ends)
+    others = partners if setting == "other" else []
+    rows = pad_documents(ends + [ends[other] for other in others])  # of one length
     if cache is not None:
         cache = cache.copy()
-    if setting == "other":  # the other examples follow as further rows, which read their own memories
-        batch = pad_documents(ends + [ends[partner] for partner in partners])
-        memory_of = torch.arange(B, 2 * B, device=model.device).repeat(2)
-        if cache is not None:
-            cache.select_rows(torch.tensor([*range(B), *partners]))
-    (inputs,) = batch.micro_batches(len(batch), model.device)
-    hidden = model.transformer(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs.get("attention_mask"),
-        past_key_values=cache,
-        use_memory=setting != "off",
-        memory_of=memory_of,
-    ).last_hidden_state
-    correct = []
-    for row, ((begin, end),) in enumerate(spans):
-        predicted = model.lm_head(hidden[row, begin - 1 : end - 1]).argmax(-1).cpu()
-        correct.append(bool((predicted == batch.input_ids[row, begin:end]).all()))
-    return correct
+        if others:
+            cache.select_rows(torch.tensor([*range(B), *others]))
+    correct = greedy_answers(model, rows[:B], spans, setting, rows[B:] if others else None, cache)
+    return [answer for (answer,) in correct]

@@ -25,7 +25,6 @@ from the registry, and a study its table of results, so a new task changes no ot
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -132,8 +131,20 @@ def register_task(task: TaskClass) -> TaskClass:
     return task
 
 
-def integer(option: str, least: int) -> Callable[[str], int]:
-    """Return the `type=` of an option that takes integers of at least `least`, with a UserError for other values."""
+def add_integer(
+    parser: argparse._ActionsContainer,
+    option: str,
+    least: int,
+    default: int | list[int],
+    help: str,
+    metavar: str = "N",
+    shown: str | None = None,
+) -> None:
+    """Add an option that takes an integer of at least `least`, or several of them if its default is a list.
+
+    Args:
+        shown: the default in the help text, if that is not its number.
+    """
 
     def parse(text: str) -> int:
         try:
@@ -144,4 +155,7 @@ def integer(option: str, least: int) -> Callable[[str], int]:
             raise UserError(f"{option} {value} must be at least {least}")
         return value
 
-    return parse
+    shown = shown or (" ".join(map(str, default)) if isinstance(default, list) else str(default))
+    nargs = "+" if isinstance(default, list) else None
+    help = f"{help} (default: {shown})"
+    parser.add_argument(option, type=parse, nargs=nargs, default=default, metavar=metavar, help=help)

@@ -3,15 +3,15 @@
 Shapes: B rows, T tokens in a row.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from infini_ds.config.recipe import RECIPE_FILE, load_run_recipe
 from infini_ds.config.training_data import find_sources, find_stages
 from infini_ds.data.batches import Batch, collate
 from infini_ds.data.sources import DataSource, StreamSpec, open_sources
@@ -24,6 +24,7 @@ from infini_ds.model.loss import IGNORE_INDEX
 from infini_ds.streaming_compat.stale_memory import one_start_at_a_time
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.hashing import sha256_of_json
+from infini_ds.utils.pretrained import read_json
 from infini_ds.utils.progress import ProgressBar
 
 SHARD_CACHE = "data/cache"  # folder for the shards of remote data
@@ -35,6 +36,9 @@ class Gain:
 
     mean: float
     standard_error: float | None  # None for a single row
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f}" + ("" if self.standard_error is None else f" ± {self.standard_error:.4f}")
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,13 @@ def sources_of_run(run: Path) -> list[DataSource]:
     """Return the data that a run was trained on; of a curriculum, those of its last stage, as its validation does.
 
     Raises:
-        UserError: the folder is not a run, or its data are gone.
+        UserError: the folder is not a run, its recipe cannot be read, or its data are gone.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a run: it has no recipe.yaml")
-    data = OmegaConf.load(run / "recipe.yaml").data
-    stages = data.get("curriculum")  # runs of earlier versions have no such key
-    if stages:
-        return find_stages([stage.path for stage in stages], data.cache)[-1:]
+    if not (run / RECIPE_FILE).is_file():
+        raise UserError(f"{run} is not a run: it has no {RECIPE_FILE}")
+    data = load_run_recipe(run).data
+    if data.curriculum:
+        return find_stages([stage.path for stage in data.curriculum], data.cache)[-1:]
     return find_sources(data.path, data.streams, data.cache)
 
 
@@ -141,7 +144,9 @@ def choose_rows(model: EvaluatedModel, sources: list[DataSource], limit: int | N
 def check_tokenizer(model: EvaluatedModel, sources: list[DataSource]) -> None:
     """Raise a UserError if the rows were tokenized with another vocabulary than the model's."""
     folder = sources[0].folder
-    of_rows = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    file = folder / "tokenizer" / "tokenizer.json"
+    read_json(file, sources[0].option)  # refuses a damaged file
+    of_rows = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=False)
     of_model = model.tokenizer.get_vocab()
     if any(of_model.get(token) != number for token, number in of_rows.items()):
         raise UserError(

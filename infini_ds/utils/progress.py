@@ -70,10 +70,11 @@ class ProgressBar:
         """Count `by` more items, and show `figures` beside the count.
 
         Work that has figures now and then gets a line only with new ones, so that no line shows figures of an earlier
-        step.
+        step. The first figures get one at once, unless the total is unknown: the line would repeat that of `phase`, and
+        the speed of a single item is mostly that of the start.
         """
         self.done += by
-        first_figures = bool(figures) and not self._figures
+        first_figures = bool(figures) and not self._figures and self.total is not None
         if figures:
             self._figures = dict(figures)
         self._update_bar()

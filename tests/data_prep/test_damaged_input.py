@@ -133,7 +133,7 @@ def test_links_and_capital_letters_are_read(tmp_path):
     table = tmp_path / "tables"
     table.mkdir()
     (table / "A.JSONL").write_text(json_lines({"text": "x"}))
-    (table / "B.JSONL.GZ").write_bytes(gzip.compress(json_lines({"text": "y"}).encode()))
+    (table / "B.Part.JSONL.GZ").write_bytes(gzip.compress(json_lines({"text": "y"}).encode()))
     assert read_texts(f"jsonl:{table}/*") == ["x", "y"]
     (table / "a.jsonl").symlink_to(table / "A.JSONL")
     assert read_texts(f"jsonl:{table}/*") == ["x", "y"]

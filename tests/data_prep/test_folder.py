@@ -72,6 +72,7 @@ def test_a_finished_folder_is_left_alone_and_never_the_users(folder, tmp_path, c
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").write_text("mine")
     assert_fails(["--out", "name another"], **options | {"out": tmp_path / "mine", "force": True})
+    assert_fails(["--out /proc/mine: no folder can be made there", "name another"], **options | {"out": "/proc/mine"})
     assert (tmp_path / "mine" / "thesis").read_text() == "mine"
 
 

@@ -154,6 +154,34 @@ def test_mistakes_are_named(babi, options, sentence, tmp_path):
     assert sentence.format(babi=babi) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "qa1.txt has no question"),
+        (b"1 Mary moved.\n", "qa1.txt has no question"),
+        (b"1 Mary moved.\n2 Where is Mary?\t\t1\n", "qa1.txt line 2 has no answer after its question"),
+        (b"1 Mary\xff moved.\n", "qa1.txt is not UTF-8 at byte 6"),
+    ],
+)
+def test_a_damaged_file_is_named(content, sentence, tmp_path):
+    (tmp_path / "qa1.txt").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_babi(tmp_path, "train")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.98])
+def test_an_archive_that_is_cut_off_is_named(kind, part, tmp_path):
+    (tmp_path / "qa1.txt").write_text(random.Random(0).randbytes(20_000).hex())
+    archive = tmp_path / f"babi.tar.{kind}"
+    with tarfile.open(archive, f"w:{kind}") as file:
+        file.add(tmp_path / "qa1.txt", "qa1.txt")
+    data = archive.read_bytes()
+    archive.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(UserError, match=f"babi.tar.{kind}: no folder and no tar archive of bAbI .*fetch it again"):
+        read_babi(archive, "train")
+
+
 @pytest.mark.parametrize("questions", ["last", "all"])
 def test_documents_of_the_source(babi, questions, tmp_path):
     """Their facts are in order in the text, the answers where their spans say, and lengths in words are as asked."""

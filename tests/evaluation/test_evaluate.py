@@ -1,11 +1,12 @@
 """launch/evaluate.py: what evaluation.json holds, the cache, ranks and batch sizes, external models, mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from harness import call_script, start_ranks
+from harness import call_script, finish_ranks, start_ranks
 from torch.testing import assert_close
 
 from infini_ds.evaluation.evaluation_file import read_evaluation
@@ -81,13 +82,7 @@ def test_finished_parts_are_not_computed_again_and_other_tasks_stay(evaluated, r
 @pytest.mark.timeout(240)
 def test_two_ranks_and_other_batch_sizes_give_the_same(evaluated, arguments, tmp_path):
     given = [*map(str, arguments), "--out", str(tmp_path), "--batch-tokens", "700"]
-    processes = start_ranks(2, *given, script="launch/evaluate.py")
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    outputs = finish_ranks(start_ranks(2, *given, script="launch/evaluate.py"))
     assert outputs[1] == ""
     one, two = read(evaluated)["tasks"], read(tmp_path)["tasks"]
     assert two["recall"]["tasks"] == one["recall"]["tasks"]
@@ -141,6 +136,31 @@ def test_mistakes_are_one_sentence(runs, exported, sentences, tmp_path):
     }
     for arguments, sentence in cases.items():
         error = call_script("launch/evaluate.py", *arguments, code=2).stderr
+        assert sentence in error and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("text", ["", '{"a', "[]"])
+@pytest.mark.parametrize("name", ["parts.json", "evaluation.json"])
+def test_damaged_results_are_named(name, text, exported, shards, tmp_path):
+    (tmp_path / name).write_text(text)
+    arguments = (exported, "--data", shards, "--rows", "1", "--out", tmp_path)
+    error = call_script("launch/evaluate.py", *arguments, code=2).stderr
+    assert error.startswith(f"error: {tmp_path / name} is damaged (") and "remove it, and evaluate again" in error
+    (tmp_path / name).unlink()
+    call_script("launch/evaluate.py", *arguments)
+
+
+def test_damaged_data_are_named(exported, shards, runs, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shards, data)
+    shutil.copytree(runs / "one", run)
+    (data / "tokenizer" / "tokenizer.json").write_text("{")
+    (run / "recipe.yaml").write_text("data: [")
+    for arguments, sentence in (
+        ((exported, "--data", data), f"--data: {data}/tokenizer/tokenizer.json is damaged ("),
+        ((run,), f"the run's recipe {run}/recipe.yaml cannot be read as YAML: "),
+    ):
+        error = call_script("launch/evaluate.py", *arguments, "--out", tmp_path / "out", code=2).stderr
         assert sentence in error and error.startswith("error: ") and error.count("\n") == 1, error
 
 

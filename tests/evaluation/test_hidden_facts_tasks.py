@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import call_script, start_ranks
+from harness import call_script, finish_ranks, start_ranks
 
 from data_prep.synthetic.babi import read_babi
 from data_prep.synthetic.haystack import Haystack, sentences
@@ -201,12 +201,6 @@ def test_two_ranks_and_other_batch_sizes_give_the_same(measured, exported, tmp_p
     _, one, _, options = measured
     given = [str(x) for x in options if x != options[options.index("--out") + 1] and x != "--out"]
     command = [str(exported), "--tasks", "needle", "babi", *given, "--out", str(tmp_path), "--batch-tokens", "300"]
-    processes = start_ranks(2, *command, script="launch/evaluate.py")
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    finish_ranks(start_ranks(2, *command, script="launch/evaluate.py"))
     two = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]
     assert two["needle"]["tasks"] == one["needle"]["tasks"] and two["babi"]["tasks"] == one["babi"]["tasks"]

@@ -23,7 +23,7 @@ from infini_ds.evaluation.task import (
     Headline,
     TaskResult,
     TidyRow,
-    integer,
+    add_integer,
     register_task,
 )
 
@@ -45,7 +45,7 @@ class Repetition(EvaluationTask[RepetitionResult]):
     result_type = RepetitionResult
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
-        parser.add_argument("--repetitions", type=integer("--repetitions", 2), default=8, help="of the sentence")
+        add_integer(parser, "--repetitions", 2, 8, "of the sentence")
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> RepetitionResult:
         number = context.arguments.repetitions

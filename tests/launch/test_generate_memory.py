@@ -59,6 +59,26 @@ def test_reading_and_asking_in_one_call(folder, book, remembered, tmp_path):
     assert shown == call_script("launch/generate.py", folder, "--memory", remembered[1], *options[2:]).stdout
 
 
+def test_a_prompt_that_begins_like_the_remembered_text(folder, tmp_path):
+    """Without the start token it is new text; with it, `generate()` would take it for the remembered text."""
+    text, memory = "import os\nimport sys\n" * 20, tmp_path / "imports.memory"
+    files = {name: tmp_path / name for name in ("text", "again", "started", "changed")}
+    files["text"].write_text(text)
+    files["again"].write_text(text + "    def")
+    files["started"].write_text(f"<|endoftext|>{text}")
+    files["changed"].write_text(f"<|endoftext|>{text[:-4]}math\n    def")
+    call_script("launch/generate.py", folder, "--remember", files["text"], "--memory", memory)
+    given = (folder, "--memory", memory, *GREEDY)
+    shown = call_script("launch/generate.py", *given, "--file", files["again"]).stdout
+    assert shown.startswith(text + "    def")
+    for name, reason in (
+        ("started", "tokens of the prompt already; give with --prompt or --file only what follows that text"),
+        ("changed", "the prompt begins like the text in the cache, and then differs from it; give with --prompt or"),
+    ):
+        error = call_script("launch/generate.py", *given, "--file", files[name], code=2).stderr
+        assert error.startswith(f"error: --memory {memory}: ") and reason in error and error.count("\n") == 1, error
+
+
 def test_a_text_is_read_in_pieces_of_bounded_size(folder, monkeypatch):
     model = load_model(locate(folder))
     S = model.config.segment_length
@@ -86,6 +106,8 @@ def test_mistakes_are_one_sentence(runs, folder, book, remembered, tmp_path):
         (["--remember", book, "--memory", new, "--memory-off"], f"--memory-off: --remember {book} reads a text into"),
         (["--remember", tmp_path / "no.txt", "--memory", new], f"--remember {tmp_path}/no.txt cannot be read as text"),
         (["--remember", book, "--memory", new / "a"], f"--memory {new}/a: there is no folder {new}; name a file in"),
+        (["--remember", book, "--memory", "/proc/a"], "--memory /proc/a cannot be written (No such file or directory)"),
+        (["--seed", str(2**64), "--prompt", "a"], f"--seed {2**64} must be an integer of 64 bits"),
         (["--memory", new, "--prompt", "a"], f"--memory {new}: no such file; write it with --remember TEXT"),
         (["--memory", memory, "--prompt", ""], f"--memory {memory} needs text that continues it: give --prompt"),
         (["--memory", book, "--prompt", "a"], f"--memory {book} is damaged, or not a saved cache"),

@@ -138,16 +138,17 @@ def start_ranks(
 
 def run_ranks(ranks: int, *arguments: str) -> str:
     """Run launch/pretrain.py as `ranks` processes to the end; returns the output of rank 0."""
-    return _outputs(start_ranks(ranks, *arguments))[0]
+    return finish_ranks(start_ranks(ranks, *arguments))[0]
 
 
 def outputs_of_ranks(ranks: int, name: str) -> list[str]:
     """Run the script `name` of tests/support as `ranks` processes to the end; returns what each of them printed."""
     path = f"{ROOT}:{ROOT / 'tests' / 'support'}"
-    return _outputs(start_ranks(ranks, script=f"tests/support/{name}.py", PYTHONPATH=path))
+    return finish_ranks(start_ranks(ranks, script=f"tests/support/{name}.py", PYTHONPATH=path))
 
 
-def _outputs(processes: list[Fork]) -> list[str]:
+def finish_ranks(processes: list[Fork]) -> list[str]:
+    """Wait until all processes have ended, and assert that none failed; returns what each of them printed."""
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:

@@ -5,7 +5,7 @@ import json
 import gated_decay  # noqa: F401, registers the rule
 import pytest
 import torch
-from harness import ROOT, SHAPE, STEPS, call_script, start_ranks
+from harness import ROOT, SHAPE, STEPS, call_script, finish_ranks, start_ranks
 
 from infini_ds.checkpoint.manifest import complete_checkpoints
 from infini_ds.conversion.locate import load_model, locate
@@ -19,13 +19,8 @@ SCRIPT = str(ROOT / "tests" / "support" / "with_gated_decay.py")
 def train_on_two_ranks(shards, output, name: str, *overrides: str) -> None:
     recipe = [f"data.path={shards}", f"output={output}", f"name={name}", *SHAPE, *STEPS, "batch.micro_rows=1"]
     path = f"{ROOT}:{ROOT / 'tests' / 'support'}"
-    processes = start_ranks(2, "launch/pretrain.py", *recipe, *RULE, *overrides, script=SCRIPT, PYTHONPATH=path)
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    arguments = ["launch/pretrain.py", *recipe, *RULE, *overrides]
+    finish_ranks(start_ranks(2, *arguments, script=SCRIPT, PYTHONPATH=path))
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,7 @@ def test_lines_of_an_unknown_total_have_a_speed_in_place_of_the_time_left(clock,
     assert capsys.readouterr().out.splitlines() == [
         "training the tokenizer",
         "tokenizing",
-        "tokenizing 4,000 tokens  documents 1  500 tokens/s",
-        "tokenizing 12,000 tokens  documents 3  500 tokens/s",
+        "tokenizing 8,000 tokens  documents 2  500 tokens/s",
     ]
 
 

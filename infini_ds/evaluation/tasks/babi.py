@@ -20,7 +20,7 @@ from infini_ds.evaluation.haystack_options import read_haystack
 from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.scoring import segment_length
 from infini_ds.evaluation.streamed_answers import StreamedExample, score_streamed
-from infini_ds.evaluation.task import EvaluationContext, integer, register_task
+from infini_ds.evaluation.task import EvaluationContext, add_integer, register_task
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.hashing import sha256_of_json
 
@@ -35,35 +35,16 @@ class Babi(AccuracyTask):
     baseline = "most frequent answer"
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
-        add = parser.add_argument
-        add(
+        parser.add_argument(
             "--babi",
             type=os.path.expanduser,
             metavar="PATH",
             help="babi: folder or tar archive with qa1….txt, qa2….txt, …; of several splits the test or valid files",
         )
-        add(
-            "--babi-tasks",
-            type=integer("--babi-tasks", 1),
-            nargs="+",
-            default=[1, 2, 3, 4, 5],
-            metavar="N",
-            help="(default: 1 2 3 4 5)",
-        )
-        add(
-            "--babi-segments",
-            type=integer("--babi-segments", 0),
-            nargs="+",
-            default=[0, 4, 16, 64],
-            metavar="N",
-            help="segments of text, facts included; 0 is the story alone (default: 0 4 16 64)",
-        )
-        add(
-            "--babi-examples",
-            type=integer("--babi-examples", 2),
-            default=100,
-            help="of each task and length (default: %(default)s)",
-        )
+        add_integer(parser, "--babi-tasks", 1, [1, 2, 3, 4, 5], "numbers of bAbI's tasks")
+        lengths = "segments of text, facts included; 0 is the story alone"
+        add_integer(parser, "--babi-segments", 0, [0, 4, 16, 64], lengths)
+        add_integer(parser, "--babi-examples", 2, 100, "of each task and length")
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> AccuracyResult:
         given = context.arguments
@@ -125,7 +106,6 @@ def evaluate_babi(
                 continue
             make = partial(make_example, model, fitting, haystack, length * S, seed)
             options = {"haystack": source, "text": haystack.sha256, "stories": data, "segments": length}
-            options |= {"segment_length": S, "examples": examples, "seed": seed}
             compute = partial(score_streamed, model, make, len(fitting), context.batch_tokens)
             points.append(Point(f"qa{number}", length, 0.0, chance, options, compute))
     if not points:

@@ -112,7 +112,7 @@ class NaturalRecall(EvaluationTask[NaturalRecallResult]):
 
         def add(label: str, group: Repetitions) -> None:
             losses = [f"{group.loss[setting]:.4f}" for setting in settings]
-            table.add_row(label, f"{group.tokens:,}", *losses, *map(show_gain, group.gained.values()))
+            table.add_row(label, f"{group.tokens:,}", *losses, *map(str, group.gained.values()))
 
         for group in result.seen:
             add({"0": "0: the same segment"}.get(group.label, group.label), group)
@@ -150,11 +150,6 @@ class NaturalRecall(EvaluationTask[NaturalRecallResult]):
         figure.suptitle(f"Natural recall, {result.rows} rows", fontsize=12)
         figure.tight_layout(rect=(0, 0.06, 1, 1))
         save_figure(figure, folder / "natural_recall.png")
-
-
-def show_gain(gain: Gain) -> str:
-    """Return a gain for a table."""
-    return f"{gain.mean:+.4f}" + ("" if gain.standard_error is None else f" ± {gain.standard_error:.4f}")
 
 
 def evaluate_natural_recall(rows: ChosenRows, context: EvaluationContext) -> NaturalRecallResult:

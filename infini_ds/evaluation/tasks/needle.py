@@ -24,7 +24,7 @@ from infini_ds.evaluation.plots import plt, save_figure
 from infini_ds.evaluation.scoring import segment_length
 from infini_ds.evaluation.streamed_answers import StreamedExample, score_streamed
 from infini_ds.evaluation.tables import MEMORY_LABELS, new_table
-from infini_ds.evaluation.task import EvaluationContext, integer, register_task
+from infini_ds.evaluation.task import EvaluationContext, add_integer, register_task
 from infini_ds.utils.errors import UserError
 
 
@@ -35,31 +35,13 @@ class Needle(AccuracyTask):
     lengths = "segments of text"
 
     def add_arguments(self, parser: argparse._ArgumentGroup) -> None:
-        add = parser.add_argument
         add_haystack_argument(parser)
-        add(
-            "--needle-segments",
-            type=integer("--needle-segments", 1),
-            nargs="+",
-            default=[1, 4, 16, 64],
-            metavar="N",
-            help="segments of text, pass key included; any number (default: 1 4 16 64)",
-        )
-        add(
-            "--needle-depths",
-            type=integer("--needle-depths", 0),
-            nargs="+",
-            default=[round(100 * depth) for depth in DEPTHS],
-            metavar="PERCENT",
-            help="percent of the text before the pass key (default: 0 25 50 75 100)",
-        )
-        add("--needle-digits", type=integer("--needle-digits", 1), default=5, help="of the pass key (default: 5)")
-        add(
-            "--needle-examples",
-            type=integer("--needle-examples", 2),
-            default=32,
-            help="of each length and depth (default: %(default)s)",
-        )
+        lengths = "segments of text, pass key included; any number"
+        add_integer(parser, "--needle-segments", 1, [1, 4, 16, 64], lengths)
+        depths = [round(100 * depth) for depth in DEPTHS]
+        add_integer(parser, "--needle-depths", 0, depths, "percent of the text before the pass key", "PERCENT")
+        add_integer(parser, "--needle-digits", 1, 5, "of the pass key")
+        add_integer(parser, "--needle-examples", 2, 32, "of each length and depth")
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> AccuracyResult:
         given = context.arguments
@@ -134,8 +116,8 @@ def evaluate_needle(
                     f"--needle-segments {number}: the pass key has {error} tokens, more than the {number * S} of the "
                     "text; give more segments"
                 ) from None
-            options = {"haystack": source, "segments": number, "depth": depth, "digits": digits, "examples": examples}
-            options |= {"segment_length": S, "seed": seed, "text": haystack.sha256}
+            options = {"haystack": source, "text": haystack.sha256, "segments": number, "depth": depth}
+            options |= {"digits": digits}
             compute = partial(score_streamed, model, make, examples, context.batch_tokens)
             points.append(Point("needle", number, depth, 10.0**-digits, options, compute))
     return score_points("needle", points, context, examples, S, source)

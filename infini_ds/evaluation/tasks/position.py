@@ -25,7 +25,7 @@ from infini_ds.evaluation.task import (
     Headline,
     TaskResult,
     TidyRow,
-    integer,
+    add_integer,
     register_task,
 )
 from infini_ds.evaluation.validation_rows import ChosenRows, Gain, choose_rows, find_data
@@ -105,12 +105,7 @@ class Position(EvaluationTask[PositionResult]):
             type=os.path.expanduser,
             help="folder that data_prep made, or its address (default: the run's own data)",
         )
-        parser.add_argument(
-            "--rows",
-            type=integer("--rows", 0),
-            default=64,
-            help="validation rows, evenly spaced over the split; 0 for all (default: %(default)s)",
-        )
+        add_integer(parser, "--rows", 0, 64, "validation rows, evenly spaced over the split; 0 for all")
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> PositionResult:
         given = context.arguments
@@ -124,8 +119,7 @@ class Position(EvaluationTask[PositionResult]):
         overall = new_table(title, "", "loss", "perplexity", "gain of memory on")
         for memory, losses in result.memory.items():
             gain = result.gained.get(memory)
-            error = "" if not gain or gain.standard_error is None else f" ± {gain.standard_error:.4f}"
-            shown = f"{gain.mean:+.4f}{error}" if gain else ""
+            shown = str(gain) if gain else ""
             overall.add_row(MEMORY_LABELS[memory], f"{losses.loss:.4f}", f"{losses.perplexity:.2f}", shown)
         labels = [MEMORY_LABELS[memory] for memory in result.memory]
         by_segment = new_table(f"loss by segment of {result.segment_length} tokens", "segment", *labels)
