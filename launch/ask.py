@@ -17,7 +17,7 @@ from infini_ds.distributed.entry_point import run_main
 from infini_ds.evaluation.asking import Conversation, StoryReader, check_segments, default_facts, format_answers
 from infini_ds.evaluation.model_loading import load_evaluated_model
 from infini_ds.evaluation.recall_story import known_facts, learned_facts, parse_facts
-from infini_ds.evaluation.task import integer
+from infini_ds.evaluation.task import add_integer
 from infini_ds.utils.errors import UserError
 from infini_ds.utils.logging import setup_logging
 from infini_ds.utils.paths import user_path
@@ -31,10 +31,9 @@ def main() -> None:
     add("model", nargs="?", type=user_path, help="an export, a run, or a checkpoint (default: the newest run)")
     add("--facts", help='a name and a thing each, such as "Anna bear Bob cat" (default: drawn at random)')
     add("--ask", action="append", default=[], metavar="NAME", help="ask for this name; may be given more than once")
-    segments, pairs, seed = integer("--segments", 0), integer("--pairs", 1), integer("--seed", 0)
-    add("--segments", type=segments, default=64, help="of filler between facts and question (default: %(default)s)")
-    add("--pairs", type=pairs, default=4, metavar="N", help="facts that are drawn (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of facts and filler (default: %(default)s)")
+    add_integer(parser, "--segments", 0, 64, "segments of filler between facts and question")
+    add_integer(parser, "--pairs", 1, 4, "facts that are drawn")
+    add_integer(parser, "--seed", 0, 0, "of facts and filler")
     args = parser.parse_args()
     check_segments("--segments", args.segments)
     setup_logging(stderr=True)

@@ -14,7 +14,6 @@ measures steps of so many processes that share one row (infini:G or infini:all),
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -23,16 +22,13 @@ import torch
 from rich.console import Console
 
 from infini_ds.benchmarks.contenders import BASELINES, GENERATING, ModelShape, check_contender, is_infini
-from infini_ds.benchmarks.gpu.machine import cpu_name
-from infini_ds.benchmarks.measure import BenchmarkPlan, run_benchmark
-from infini_ds.benchmarks.plot import plot_speed_and_memory
-from infini_ds.benchmarks.ranks import RankCase, medians, plot_ranks, rank_table, run_ranks
-from infini_ds.benchmarks.results import summarize
-from infini_ds.benchmarks.tables import generation_table, profile_table, training_table
+from infini_ds.benchmarks.measure import BenchmarkPlan
+from infini_ds.benchmarks.ranks import RankCase
+from infini_ds.benchmarks.run import benchmark_contenders, benchmark_ranks
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model.presets import preset_config
 from infini_ds.utils.errors import UserError
-from infini_ds.utils.paths import check_can_compile_cpp, user_path
+from infini_ds.utils.paths import check_can_compile_cpp, make_output_folder, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,19 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.contenders is None:
         of_training = ["infini:8"] if args.ranks else ["infini:all", "infini:1", "infini:auto", *BASELINES]
         args.contenders = list(GENERATING) if args.generation else of_training
-    numbers = (
-        "lengths",
-        "segment_length",
-        "width",
-        "layers",
-        "heads",
-        "vocabulary",
-        "steps",
-        "rounds",
-        "prompts",
-        "ranks",
-    )
-    for name in numbers:
+    sizes = ("lengths", "segment_length", "width", "layers", "heads", "vocabulary")
+    for name in (*sizes, "steps", "rounds", "prompts", "ranks"):
         if getattr(args, name) is None:
             continue
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:
@@ -85,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--contenders {contender}: --generation measures infini:G and gpt-neo only")
     if args.ranks and not (len(args.contenders) == 1 and re.fullmatch(r"infini:(all|\d+)", args.contenders[0])):
         raise UserError(f"--contenders {' '.join(args.contenders)}: --ranks measures one of infini:G and infini:all")
+    if args.ranks and args.compile:
+        raise UserError("--compile: --ranks measures layers that are not compiled; leave it out")
     return args
 
 
@@ -109,64 +96,20 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
 def main() -> None:
     args = parse_arguments()
     shape = model_shape(args)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    make_output_folder(args.out)
     if args.ranks:
-        measure_ranks(args, shape)
-        return
-    kind = "generation" if args.generation else "profile" if args.profile else "training"
-    plan = BenchmarkPlan(
-        kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds, args.prompts
-    )
-    console, measurements = Console(width=None if sys.stdout.isatty() else 120), []
-    args.out.mkdir(parents=True, exist_ok=True)
-    with console.status("") as status, (args.out / f"{kind}.jsonl").open("w", buffering=1) as file:
-        for measurement in run_benchmark(plan):
-            measurements.append(measurement)
-            file.write(json.dumps(measurement.to_json()) + "\n")
-            status.update(f"{len(measurements)} of {len(plan.cases()) * plan.rounds}: {measurement.contender}")
-    describe(shape, console)
-    if args.profile:
-        for measurement in measurements:
-            console.print(profile_table(measurement))
-    elif args.generation:
-        console.print(f"{plan.prompts} {'prompt' if plan.prompts == 1 else 'prompts'} at once; a token is one of each.")
-        console.print(generation_table(summarize(measurements, "seconds_per_token")))
+        block = args.contenders[0].removeprefix("infini:")
+        segments = None if block == "all" else int(block)
+        cases = [RankCase(tokens, ranks, segments) for tokens in args.lengths for ranks in args.ranks]
+        benchmark_ranks(cases, shape, args.steps, args.rounds, args.out, console)
     else:
-        cases = summarize(measurements, "tokens_per_s")
-        console.print(training_table(cases))
-        plot_speed_and_memory(cases, args.out / "training.png")
+        kind = "generation" if args.generation else "profile" if args.profile else "training"
+        plan = BenchmarkPlan(
+            kind, tuple(args.contenders), tuple(args.lengths), shape, args.steps, args.rounds, args.prompts
+        )
+        benchmark_contenders(plan, args.out, console)
     console.print(f"Written to {args.out}")
-
-
-def measure_ranks(args: argparse.Namespace, shape: ModelShape) -> None:
-    """Measure the steps of processes that share a row."""
-    block = args.contenders[0].removeprefix("infini:")
-    segments = None if block == "all" else int(block)
-    cases = [RankCase(tokens, ranks, segments) for tokens in args.lengths for ranks in args.ranks]
-    console, measurements = Console(width=None if sys.stdout.isatty() else 120), []
-    args.out.mkdir(parents=True, exist_ok=True)
-    with console.status("") as status, (args.out / "ranks.jsonl").open("w", buffering=1) as file:
-        for measurement in run_ranks(cases, shape, args.steps, args.rounds):
-            measurements.append(measurement)
-            file.write(json.dumps(measurement.to_json()) + "\n")
-            status.update(f"{len(measurements)} of {len(cases) * args.rounds}: {measurement.case}")
-    describe(shape, console)
-    console.print(rank_table(medians(measurements)))
-    plot_ranks(medians(measurements), args.out / "ranks.png")
-    console.print(f"Written to {args.out}")
-
-
-def describe(shape: ModelShape, console: Console) -> None:
-    console.print(f"{machine()}, {shape.precision}: {shape.layers} layers of width {shape.width}, {shape.heads} heads,")
-    console.print(
-        f"vocabulary {shape.vocabulary:,}, segments of {shape.segment_length} tokens, {shape.memory_rule} rule."
-    )
-
-
-def machine() -> str:
-    """Return the name of the GPU, or of the CPU and its number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return cpu_name()
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.text import Text
 
 from infini_ds.benchmarks.gpu.machine import Machine
-from infini_ds.benchmarks.gpu.report import Report, insert, summary
+from infini_ds.benchmarks.gpu.report import BEGIN, END, Report, summary
 from infini_ds.benchmarks.gpu.runner import is_failure, run_sections
 from infini_ds.benchmarks.gpu.sections import Outcome, Section, all_sections, full_form, small_form
 from infini_ds.benchmarks.process import run_worker
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.utils.atomic import write_json_atomic, write_text_atomic
+from infini_ds.utils.documents import insert_between, read_document
 from infini_ds.utils.errors import UserError, did_you_mean
-from infini_ds.utils.paths import user_path
+from infini_ds.utils.paths import make_output_folder, user_path
 
 MINUTES = 10.0
 SECONDS_FOR_THE_MACHINE = 120  # to import everything for the first time and to measure a matrix product
@@ -58,14 +59,14 @@ def parse_arguments() -> argparse.Namespace:
             "the small form with --device cpu"
         )
     if args.write:
-        insert(args.write.read_text(), "")
+        insert_between(read_document(args.write), BEGIN, END, "")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     console, started = Console(highlight=False), time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(args.out)
     run = partial(run_worker, hide_gpus=args.device == "cpu")
     machine = Machine(**run("machine", {}, SECONDS_FOR_THE_MACHINE))
     form = small_form() if args.small or args.device == "cpu" else full_form()
@@ -84,7 +85,7 @@ def main() -> None:
         write_json_atomic(args.out / "gpu.json", report.to_json())
         write_text_atomic(args.out / "gpu.md", report.markdown())
     if args.write:
-        args.write.write_text(insert(args.write.read_text(), report.markdown()))
+        args.write.write_text(insert_between(read_document(args.write), BEGIN, END, report.markdown()))
     sys.exit(conclude(outcomes, sections, args.out, console))
 
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from infini_ds.benchmarks.collective_bytes import CollectiveBytes
-from infini_ds.benchmarks.contenders import ModelShape
+from infini_ds.benchmarks.contenders import ModelShape, build_contender
+from infini_ds.benchmarks.peak_memory import PeakMemory
 from infini_ds.benchmarks.ranks import RankSpeed
-from infini_ds.benchmarks.worker import WARM_UP_TOKENS, PeakMemory, time_call
+from infini_ds.benchmarks.timing import WARM_UP_TOKENS, time_call
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import BlockSchedule, InfiniGPTNeoForCausalLM, SequenceGroup
 from infini_ds.planning.memory_estimate import Workload
@@ -30,12 +31,15 @@ def measure(rank: int, ranks: int, tokens: int, block: int | None, steps: int, s
         block: segments of a block that each rank computes, recomputed in the backward pass; None: all, kept.
     """
     device = torch.device("cuda", rank) if dist.get_backend() == "nccl" else torch.device("cpu")
-    model = build_model(rank, ranks, block, shape, device)
+    model, forward_backward = build_contender(f"infini:{block or 'all'}", shape, tokens, device)
+    assert isinstance(model, InfiniGPTNeoForCausalLM)
+    if ranks > 1:
+        model.sequence_group = SequenceGroup(None, rank, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def compute(ids: Tensor) -> None:
         optimizer.zero_grad(set_to_none=False)  # so that gradients are not part of the step's memory
-        model(input_ids=ids, labels=ids).loss.backward()
+        forward_backward(ids)
 
     def step(ids: Tensor) -> None:
         compute(ids)
@@ -76,21 +80,6 @@ def measure(rank: int, ranks: int, tokens: int, block: int | None, steps: int, s
         gradient_bytes=summed.sent,
         peak_memory=peak,
     )
-
-
-def build_model(
-    rank: int, ranks: int, block: int | None, shape: ModelShape, device: torch.device
-) -> InfiniGPTNeoForCausalLM:
-    """Build a model with the same random weights on each rank, whose rows are divided over all of them."""
-    torch.manual_seed(0)
-    model = InfiniGPTNeoForCausalLM(shape.config()).train()
-    nn.Module.to(model, device, torch.bfloat16 if shape.precision == "bf16" else torch.float32)
-    model.block_schedule = BlockSchedule(segments_per_block=block)
-    if block is not None:
-        model.gradient_checkpointing_enable()
-    if ranks > 1:
-        model.sequence_group = SequenceGroup(None, rank, ranks)
-    return model
 
 
 def average_gradients(model: nn.Module, ranks: int) -> None:

@@ -3,7 +3,6 @@
 Prints the result as one line of JSON.
 """
 
-import ctypes
 import json
 import resource
 import statistics
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -33,9 +31,10 @@ from infini_ds.benchmarks.gpu.model_checks import (
     check_rounding,
 )
 from infini_ds.benchmarks.gpu.training_checks import check_losses, check_memory_plan
+from infini_ds.benchmarks.peak_memory import PeakMemory
 from infini_ds.benchmarks.process import OUT_OF_MEMORY
 from infini_ds.benchmarks.results import GenerationSpeed, Operator, Profile, TrainingSpeed
-from infini_ds.benchmarks.timing import time_call
+from infini_ds.benchmarks.timing import WARM_UP_TOKENS, time_call
 from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import InfiniCache, InfiniGPTNeoForCausalLM
 from infini_ds.model.cache import CACHE_NAME
@@ -43,29 +42,7 @@ from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.planning.hardware import peak_flops
 from infini_ds.training.model_builder import set_matmul_precision
 
-WARM_UP_TOKENS = 4096  # enough to run every kernel once; longer rows are not run twice
 NEW_TOKENS = 128  # the length of a segment by default, so that one segment of each row ends among them
-
-
-class PeakMemory:
-    """Peak memory above what was in use at the start: resident memory on the CPU, allocated memory on a GPU."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # return what is free in the heap to the system
-            Path("/proc/self/clear_refs").write_text("5")  # reset the peak of resident memory, see man 5 proc
-            self.before = psutil.Process().memory_info().rss
-
-    def read(self) -> int:
-        """Return bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        status = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 - self.before
 
 
 def build_training_step(

@@ -12,7 +12,8 @@ from pathlib import Path
 from infini_ds.config.keys import Key, Section, list_keys, section_of
 from infini_ds.config.loader import show
 from infini_ds.config.recipe import Recipe
-from infini_ds.utils.errors import UserError
+from infini_ds.distributed.entry_point import run_main
+from infini_ds.utils.documents import insert_between, read_document
 
 BEGIN = "<!-- keys: written by `python -m infini_ds.config.reference --write docs/training.md` -->"
 END = "<!-- end of keys -->"
@@ -35,11 +36,7 @@ def insert(document: str) -> str:
     Raises:
         UserError: the document does not have the two markers.
     """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"the document does not have the lines {BEGIN} and {END}: put them where the table goes")
-    return f"{before}{BEGIN}\n{reference()}{END}{after}"
+    return insert_between(document, BEGIN, END, reference())
 
 
 def _table(title: str, kind: type[Section], prefix: str) -> str:
@@ -63,8 +60,8 @@ def main() -> None:
     if args.write is None:
         print(reference(), end="")
     else:
-        args.write.write_text(insert(args.write.read_text()))
+        args.write.write_text(insert(read_document(args.write)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -8,18 +8,18 @@ H heads, D head size.
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from infini_ds.distributed.entry_point import run_main
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig
 from infini_ds.model.presets import preset_config
 from infini_ds.planning.flops import training_flops_per_token
 from infini_ds.planning.hardware import GPUS, LINKS
 from infini_ds.planning.memory_estimate import Workload
 from infini_ds.planning.traffic import NODE_GPUS, SequenceTraffic
-from infini_ds.utils.errors import UserError
+from infini_ds.utils.documents import insert_between, read_document
 
 MARKERS = "<!-- {}: written by `python -m infini_ds.planning.scaling_tables --write docs/scaling.md` -->"
 END = "<!-- end -->"
@@ -130,11 +130,7 @@ def insert(document: str) -> str:
         UserError: a marker is missing.
     """
     for name, table in TABLES.items():
-        begin = MARKERS.format(name)
-        pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(END)})", re.DOTALL)
-        if not pattern.search(document):
-            raise UserError(f"the document does not have the lines {begin} and {END}: put them where the table goes")
-        document = pattern.sub(rf"\g<1>{table()}\n\g<2>", document)
+        document = insert_between(document, MARKERS.format(name), END, f"{table()}\n")
     return document
 
 
@@ -145,8 +141,8 @@ def main() -> None:
     if args.write is None:
         print("\n\n".join(table() for table in TABLES.values()))
     else:
-        args.write.write_text(insert(args.write.read_text()))
+        args.write.write_text(insert(read_document(args.write)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

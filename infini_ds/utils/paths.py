@@ -1,5 +1,6 @@
 """Paths as the user gives them, and paths that libraries cannot use."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,20 @@ from infini_ds.utils.errors import UserError
 def user_path(text: str) -> Path:
     """Return a path, with "~" at its start for the user's home. A shell leaves it in `--out=~/folder`."""
     return Path(os.path.expanduser(text))
+
+
+def make_output_folder(folder: Path) -> None:
+    """Create the folder that --out names.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written ({error.strerror}): give another folder") from error
 
 
 def can_compile_cpp() -> bool:

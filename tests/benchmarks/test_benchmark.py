@@ -91,9 +91,10 @@ def test_a_failing_worker_keeps_its_stack():
         (["--generation", "--prompts", "0"], ["--prompts 0", "at least 1"]),
         (["--preset", "33k"], ["33k", "33m"]),
         (["--rule", "quadratic"], ["quadratic", "linear", "delta"]),
+        (["--out", "/dev/null"], ["--out /dev/null", "cannot be written", "another folder"]),
     ],
 )
 def test_mistakes_get_a_sentence(options, words, tmp_path):
-    done = call_script("launch/benchmark.py", *options, "--out", tmp_path, code=2)
+    done = call_script("launch/benchmark.py", "--out", tmp_path, *options, code=2)
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr

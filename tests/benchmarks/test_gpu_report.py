@@ -14,7 +14,7 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from infini_ds.benchmarks import worker
 from infini_ds.benchmarks.gpu.comparison import CheckResult, Comparison
 from infini_ds.benchmarks.gpu.machine import Machine, describe_machine
-from infini_ds.benchmarks.gpu.report import BEGIN, END, Report, insert, summary
+from infini_ds.benchmarks.gpu.report import BEGIN, END, Report, summary
 from infini_ds.benchmarks.gpu.runner import is_failure, run_case, run_sections
 from infini_ds.benchmarks.gpu.sections import Case, Outcome, Section, all_sections, best_setting, small_form
 from infini_ds.benchmarks.process import OUT_OF_MEMORY, last_line, run_worker
@@ -22,6 +22,7 @@ from infini_ds.benchmarks.profile_groups import OTHERS, shares
 from infini_ds.benchmarks.results import Operator, Profile, TrainingSpeed
 from infini_ds.benchmarks.worker import is_out_of_memory, measure, own_times
 from infini_ds.distributed.environment import detect_environment
+from infini_ds.utils.documents import insert_between
 from infini_ds.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -245,11 +246,9 @@ def test_numbers_that_are_not_finite_are_null_in_json():
 
 def test_tables_go_between_the_markers_of_the_document():
     document = (ROOT / "docs" / "performance.md").read_text()
-    changed = insert(document, "| new |\n")
-    assert f"{BEGIN}\n| new |\n{END}" in changed and insert(changed, "| new |\n") == changed
+    changed = insert_between(document, BEGIN, END, "| new |\n")
+    assert f"{BEGIN}\n| new |\n{END}" in changed and insert_between(changed, BEGIN, END, "| new |\n") == changed
     assert changed.partition(BEGIN)[0] == document.partition(BEGIN)[0]
-    with pytest.raises(UserError, match="the document lacks the lines"):
-        insert("no markers", "")
 
 
 BREAK_THE_CACHE = """
@@ -305,7 +304,9 @@ def test_the_command_passes_and_writes_a_document(tmp_path):
         ([], ["--device cuda", "--device cpu"]),
         (["--device", "cpu", "--sections", "loses"], ["--sections loses", "losses"]),
         (["--device", "cpu", "--minutes", "nan"], ["--minutes nan", "above 0"]),
-        (["--device", "cpu", "--write", "README.md"], ["--write", "lacks the lines"]),
+        (["--device", "cpu", "--write", "README.md"], ["--write", "does not have the lines"]),
+        (["--device", "cpu", "--write", "missing.md"], ["--write missing.md", "cannot be read"]),
+        (["--device", "cpu", "--out", "README.md"], ["--out README.md", "cannot be written", "another folder"]),
     ],
 )
 def test_mistakes_get_a_sentence(options, words):

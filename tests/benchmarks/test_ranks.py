@@ -108,6 +108,7 @@ def test_a_rank_that_fails_is_named():
         (["--ranks", "0"], ["--ranks", "at least 1"]),
         (["--ranks", "2", "--contenders", "gpt-neo"], ["--contenders gpt-neo", "--ranks", "infini:all"]),
         (["--ranks", "2", "--contenders", "infini:auto"], ["--contenders infini:auto", "--ranks"]),
+        (["--ranks", "2", "--compile"], ["--compile", "--ranks"]),
     ],
 )
 def test_mistakes_get_a_sentence(options, words, tmp_path):

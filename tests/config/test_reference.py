@@ -34,5 +34,5 @@ def test_the_module_prints_the_table_and_writes_it(tmp_path):
 
 
 def test_a_document_without_markers_is_refused():
-    with pytest.raises(UserError, match="put them where the table goes"):
+    with pytest.raises(UserError, match="put them where it goes"):
         insert("nothing")

@@ -10,7 +10,6 @@ from infini_ds.benchmarks.gpu.machine import Machine
 from infini_ds.benchmarks.gpu.sections import Outcome, Section, best_setting
 from infini_ds.benchmarks.profile_groups import shares
 from infini_ds.benchmarks.results import GenerationSpeed, Profile, TrainingSpeed
-from infini_ds.utils.errors import UserError
 
 BEGIN = '<!-- gpu: written by `make gpu ARGS="--write docs/performance.md"` -->'
 END = "<!-- end of gpu -->"
@@ -71,19 +70,6 @@ class Report:
             f"{count}{machine.device}{used}, {machine.memory / GIB:.1f} GiB; {cuda}{packages}. A large matrix product: "
             f"{', '.join(rates)}{published}. {self.date}, {self.form} form, {self.seconds / 60:.1f} minutes."
         )
-
-
-def insert(document: str, markdown: str) -> str:
-    """Return the document with the tables between BEGIN and END.
-
-    Raises:
-        UserError: the document does not have the two markers.
-    """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"--write: the document lacks the lines {BEGIN} and {END}: put them where the tables go")
-    return f"{before}{BEGIN}\n{markdown}{END}{after}"
 
 
 def summary(outcome: Outcome) -> str:
