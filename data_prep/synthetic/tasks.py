@@ -73,6 +73,13 @@ class RecallTask:
         return writer.finish()
 
 
+def evaluation_seed(seed: int) -> int:
+    """Return the seed of examples for an evaluation: none of a source, which is 0 or more, so that no text to train on
+    has the same facts.
+    """
+    return -1 - seed
+
+
 TASKS: dict[str, type[RecallTask]] = {}
 Task = TypeVar("Task", bound=RecallTask)
 

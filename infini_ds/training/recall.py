@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.synthetic.specs import parse_task
+from data_prep.synthetic.tasks import evaluation_seed
 from infini_ds.data.batches import ModelInputs, batches_by_length, pad_documents
 from infini_ds.distributed import collectives
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.training.validation import evaluating
 
 BATCH_TOKENS = 4096  # that a rank computes at once, padding included, or a single example
-SEED = -1  # of the examples: a source has a seed of at least 0, so no training text is drawn as they are
+SEED = evaluation_seed(0)
 Span = tuple[int, int]  # tokens [begin, end) of a row
 
 

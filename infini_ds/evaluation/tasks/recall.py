@@ -14,7 +14,7 @@ from statistics import fmean
 
 from data_prep.synthetic.examples import IntRange
 from data_prep.synthetic.specs import parse_task
-from data_prep.synthetic.tasks import KeyValueTask, Pairs, Passkey, RecallTask
+from data_prep.synthetic.tasks import KeyValueTask, Pairs, Passkey, RecallTask, evaluation_seed
 from data_prep.synthetic.words import KEYS
 from infini_ds.data.batches import batches_by_length, pad_documents
 from infini_ds.distributed import collectives
@@ -125,7 +125,7 @@ def evaluate_recall(
     Raises:
         UserError: a task is unknown, or the tokenizer splits every word of the filler.
     """
-    S, seed = segment_length(model.model), context.seed
+    S, seed = segment_length(model.model), evaluation_seed(context.seed)
     points = []
     for point in (point for name in names for point in points_of(name, segments, S)):
         options = {"task": repr(point.task)}
