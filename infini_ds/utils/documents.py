@@ -1,4 +1,4 @@
-"""Documents of which a command writes a part, between two lines that mark it."""
+"""Documents of which a command writes a part, between two lines of them."""
 
 from pathlib import Path
 
