@@ -63,7 +63,8 @@ def main() -> None:
         limit=args.limit or None,
         batch_tokens=args.batch_tokens,
     )
-    evaluation = evaluate(model, args.tasks, context, folder, shlex.join(["python", *sys.argv]))
+    typed = [word for word in sys.argv if not word.startswith("--local_rank=")]  # which the deepspeed launcher gives
+    evaluation = evaluate(model, args.tasks, context, folder, shlex.join(["python", *typed]))
     if environment.is_rank_zero:
         show_evaluation(evaluation, args.tasks, Console(width=None if sys.stdout.isatty() else 120))
         print(f"Written to {folder}")
