@@ -62,8 +62,6 @@ def parse_arguments() -> argparse.Namespace:
             continue
         if min(value if isinstance(value := getattr(args, name), list) else [value]) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if args.compile and not torch.cuda.is_available():
-        check_can_compile_cpp("--compile")
     for contender in args.contenders:
         check_contender(contender)
         if args.generation and not is_infini(contender) and contender not in GENERATING:
@@ -72,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--contenders {' '.join(args.contenders)}: --ranks measures one of infini:G and infini:all")
     if args.ranks and args.compile:
         raise UserError("--compile: --ranks measures layers that are not compiled; leave it out")
+    if args.compile and not torch.cuda.is_available():
+        check_can_compile_cpp("--compile")
     return args
 
 
