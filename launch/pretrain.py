@@ -3,7 +3,8 @@
 deepspeed launch/pretrain.py [--config launch/recipes/tiny-cpu.yaml] [key=value ...]
 
 Without --config and a batch (batch.rows or batch.tokens) it takes the recipe that fits the hardware, tiny-gpu or
-tiny-cpu, and prepares that recipe's data if they are not there.
+tiny-cpu. Data that the project can prepare by itself, as those of the recipes tiny-* and recall, are prepared if they
+are not there.
 
 Also under `torchrun`, `srun`, or with `python` as one process. SIGTERM, SIGUSR1 and Ctrl-C stop it after the current
 step, with a checkpoint and exit code 75: resume with the same command.

@@ -22,6 +22,7 @@ from infini_ds.distributed.environment import free_port
 from infini_ds.distributed.signal_relay import run_graceful
 from infini_ds.distributed.signals import STOPPED_EARLY
 from infini_ds.evaluation.recall_story import SOURCE, learned_facts
+from infini_ds.evaluation.task import add_integer
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_OF_RANK = 2**30  # bytes that a rank of tiny-cpu takes, rounded up
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a recipe (default: tiny-gpu on a machine with a GPU, else tiny-cpu)")
     parser.add_argument("--recall", action="store_true", help="train a model to recall facts, evaluate it, and ask it")
-    parser.add_argument("--examples", type=int, default=200, help="of each distance, with --recall (default: 200)")
+    add_integer(parser, "--examples", 2, 200, "questions at each distance, with --recall")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)

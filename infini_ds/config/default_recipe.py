@@ -126,8 +126,10 @@ def data_to_prepare(recipe: Recipe) -> list[DefaultData]:
 
 def with_data_to_prepare(recipe: Recipe) -> Recipe:
     """Return a recipe that can be planned before the default's data are prepared: with their shapes."""
-    for data in data_to_prepare(recipe):
-        plan = recipe.plan.model_copy(update={"sequence_length": recipe.plan.sequence_length or data.sequence_length})
+    missing = data_to_prepare(recipe)
+    longest = max((data.sequence_length for data in missing), default=None)
+    for data in missing:
+        plan = recipe.plan.model_copy(update={"sequence_length": recipe.plan.sequence_length or longest})
         config = {"vocab_size": data.vocab_size, **recipe.model.config} if data.vocab_size else recipe.model.config
         recipe = recipe.model_copy(update={"plan": plan, "model": recipe.model.model_copy(update={"config": config})})
     return recipe

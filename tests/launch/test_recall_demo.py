@@ -279,3 +279,15 @@ def test_the_recipe_names_the_folders_that_the_project_prepares(monkeypatch):
     overrides = [streams, "data.curriculum=[]"]
     found = default_recipe.default_data(default_recipe.load_recipe("launch/recipes/recall.yaml", overrides))
     assert [folder.path for folder in found] == ["data/recall-3-far", "data/stdlib"]
+
+
+def test_a_plan_before_the_data_are_prepared_takes_the_longest_rows(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = default_recipe.load_recipe(ROOT / "launch/recipes/recall.yaml", [])
+    longest = max(folder.sequence_length for folder in RECALL_DATA)
+    assert default_recipe.with_data_to_prepare(recipe).plan.sequence_length == longest == 2304
+
+
+def test_too_few_examples_are_refused_before_anything_is_done():
+    done = call_script("launch/quickstart.py", "--recall", "--examples", "1", code=2)
+    assert "--examples 1 must be at least 2" in done.stderr and not done.stdout
