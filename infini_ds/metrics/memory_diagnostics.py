@@ -45,7 +45,8 @@ class MemoryDiagnostics:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._warned: set[str] = set()
-        # (step, norm) by the metric's name, from the last record at half of the present step on.
+        # (step, norm) by the metric's name, from the last record at half of the present step on; the first norm is the
+        # largest of all up to its step.
         self._norms: dict[str, deque[tuple[int, float]]] = {}
         for line in read_metrics(recipe.folder):
             self._keep_norms(line["step"], line)
@@ -69,10 +70,14 @@ class MemoryDiagnostics:
                 norms = self._norms.setdefault(name, deque())
                 norms.append((step, value))
                 while len(norms) > 1 and norms[1][0] <= step / 2:
-                    norms.popleft()
+                    _, earlier = norms.popleft()
+                    norms[0] = (norms[0][0], max(norms[0][1], earlier))
 
     def _norm_at_half(self, name: str, step: int) -> float | None:
-        """Return the last norm that was recorded up to half of `step`; None if no step that early has one."""
+        """Return the largest norm that was recorded up to half of `step`; None if no step that early has one.
+
+        The largest, since in packed rows a norm also depends on the length of a row's last document.
+        """
         norms = self._norms.get(name)
         return norms[0][1] if norms and norms[0][0] <= step / 2 else None
 

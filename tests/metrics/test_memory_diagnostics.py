@@ -64,6 +64,12 @@ def test_a_healthy_run_gets_no_warning():
     assert not warnings_of(HEALTHY)
 
 
+def test_norms_that_vary_with_the_length_of_documents_get_no_warning():
+    """As in packed rows, whose last document the memory holds."""
+    varying = [50.0 if number % 2 else 1400.0 for number in range(len(HEALTHY))]
+    assert len(varying) > 12 and not warnings_of(varying)
+
+
 def test_a_norm_that_runs_away_is_warned_of_once():
     """From the middle of the run on it doubles every 20 steps."""
     run_away = [norm * 2 ** max(0, (number - 9) / 2) for number, norm in enumerate(HEALTHY)]
