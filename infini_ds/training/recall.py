@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.synthetic.examples import Example
 from data_prep.synthetic.specs import parse_task
 from data_prep.synthetic.tasks import evaluation_seed
 from infini_ds.data.batches import ModelInputs, batches_by_length, pad_documents
@@ -65,12 +66,21 @@ def draw_examples(
     found = {}
     for name in tasks:
         drawn = [parse_task(name).example(SEED, index, tokenize) for index in range(examples)]
-        found[name] = RecallExamples(
-            name,
-            [[start_id, *example.tokens] for example in drawn],
-            [[(1 + answer.begin, 1 + answer.end) for answer in example.answers] for example in drawn],
-        )
+        found[name] = RecallExamples(name, *rows_with_answers(drawn, [start_id]))
     return found
+
+
+def rows_with_answers(
+    examples: Sequence[Example], start_ids: Sequence[int]
+) -> tuple[list[list[int]], list[list[Span]]]:
+    """Return each example as a row of tokens, and where its answers are in the row.
+
+    Args:
+        start_ids: the tokens that each row begins with.
+    """
+    offset = len(start_ids)
+    rows = [[*start_ids, *example.tokens] for example in examples]
+    return rows, [[(offset + a.begin, offset + a.end) for a in example.answers] for example in examples]
 
 
 @torch.no_grad()

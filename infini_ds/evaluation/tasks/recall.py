@@ -23,6 +23,7 @@ from infini_ds.evaluation.model_loading import EvaluatedModel
 from infini_ds.evaluation.plots import plt, save_figure
 from infini_ds.evaluation.scoring import greedy_answers, memory_settings, segment_length
 from infini_ds.evaluation.task import EvaluationContext, add_integer, register_task
+from infini_ds.training.recall import rows_with_answers
 from infini_ds.utils.errors import UserError
 
 DEFAULT_TASKS = ("passkey", "pairs,queries=4", "variables", "question,order=first", "question,order=last")
@@ -149,11 +150,9 @@ def points_of(name: str, segments: Sequence[int], segment_length: int) -> Iterat
 
 def compute_scores(model: EvaluatedModel, task: RecallTask, examples: int, seed: int, batch_tokens: int) -> Scores:
     """Compute the accuracy over all answers of some examples, in each setting of the memory."""
-    tokenizer, start = model.tokenizer, model.start_ids
-    tokenize = cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    tokenize = cache(lambda text: model.tokenizer.encode(text, add_special_tokens=False))
     drawn = [task.example(seed, index, tokenize) for index in range(examples)]
-    rows = [start + example.tokens for example in drawn]
-    answers = [[(len(start) + a.begin, len(start) + a.end) for a in example.answers] for example in drawn]
+    rows, answers = rows_with_answers(drawn, model.start_ids)
     batches = batches_by_length(list(map(len, rows)), batch_tokens)
     accuracy = {}
     for setting in memory_settings(model.model):
