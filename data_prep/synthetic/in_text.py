@@ -14,6 +14,7 @@ from data_prep.synthetic.words import DIGITS
 from infini_ds.utils.errors import UserError
 
 SHORT = IntRange(100, 1500)
+ALL_DIGITS = IntRange(len(DIGITS), len(DIGITS))
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,26 @@ class NeedleInText(InText):
 
     Attributes:
         digits: of the pass key.
+        symbols: how many different digits a pass key is drawn from. Where they are few, they repeat, and knowing which
+            digit follows which does not help.
     """
 
     name: ClassVar[str] = "needle"
 
     digits: int = 5
+    symbols: IntRange = ALL_DIGITS
 
     def check(self) -> None:
         super().check()
         check_range("digits", self.digits, 1, 100)
+        for symbols in self.symbols:
+            check_range("symbols", symbols, 1, len(DIGITS))
 
     def write(self, haystack: Haystack) -> Iterator[Document]:
         """Yield the documents. Each depends on the seed and its number alone."""
         for index in range(self.documents):
             rng = random.Random(f"needle {self.seed} {index}")
-            key = rng.choices(DIGITS, k=self.digits)
+            symbols = DIGITS if self.symbols == ALL_DIGITS else rng.sample(DIGITS, self.symbols.draw(rng))
+            key = rng.choices(symbols, k=self.digits)
             fact, question = ([f" {word}" for word in text] for text in (passkey_fact(key), [*PASSKEY_QUESTION, *key]))
             yield self.document(f"needle example {index}", rng, [fact, question], [0, self.digits], haystack)

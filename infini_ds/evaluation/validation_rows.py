@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens in a row.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class ChosenRows:
 
     chosen: their numbers in the split.
     partners: for each of them the row whose memory it reads in the setting "other"; None if a row has none.
-    segment_length: of the model.
+    segment_length: by which losses and distances are grouped, that of the model unless another one is asked for.
     """
 
     model: EvaluatedModel
@@ -98,6 +99,12 @@ class ChosenRows:
                 progress.advance({"loss": f"{total / max(1, count):.4f}"})
 
 
+def rows_of_options(model: EvaluatedModel, options: argparse.Namespace) -> ChosenRows:
+    """Return the rows that --data, --rows and --segment-tokens choose, options of the task `position`."""
+    sources = find_data(model, options.data)
+    return choose_rows(model, sources, options.rows or None, options.segment_tokens or None)
+
+
 def find_data(model: EvaluatedModel, path: str | None) -> list[DataSource]:
     """Return the data in `path`, or those that the model's run was trained on.
 
@@ -125,9 +132,13 @@ def sources_of_run(run: Path) -> list[DataSource]:
     return find_sources(data.path, data.streams, data.cache)
 
 
-def choose_rows(model: EvaluatedModel, sources: list[DataSource], limit: int | None) -> ChosenRows:
+def choose_rows(
+    model: EvaluatedModel, sources: list[DataSource], limit: int | None, segment_length_shown: int | None = None
+) -> ChosenRows:
     """Return `limit` validation rows (None: all), evenly spaced over the split.
 
+    Args:
+        segment_length_shown: by which results are grouped; None: that of the model.
     Raises:
         UserError: the rows were tokenized with another tokenizer than the model's.
     """
@@ -138,7 +149,7 @@ def choose_rows(model: EvaluatedModel, sources: list[DataSource], limit: int | N
     chosen = [i * len(rows) // number for i in range(number)]
     partners = find_partners(chosen, rows.documents(sources[0].manifest.tokenizer.start_id))
     data = DataFacts(", ".join(str(source.folder) for source in sources), sha256_of_shards(sources))
-    return ChosenRows(model, rows, chosen, partners, segment_length(model.model), data)
+    return ChosenRows(model, rows, chosen, partners, segment_length_shown or segment_length(model.model), data)
 
 
 def check_tokenizer(model: EvaluatedModel, sources: list[DataSource]) -> None:

@@ -240,7 +240,23 @@ def test_the_source_of_needles(tmp_path):
     for options, sentence in (
         ("words=3", "books=… is missing"),
         ("books=stdlib,digits=0", "digits=0: give 1 to 100"),
+        ("books=stdlib,symbols=2-11", "symbols=11: give 1 to 10"),
         ("books=stdlib,distance=3", "needle has no option 'distance'"),
     ):
         with pytest.raises(UserError, match=sentence):
             list(read_documents(PrepareOptions(source=f"needle:{options}", out="none").training))
+
+
+def test_pass_keys_of_few_symbols_repeat_them(tmp_path):
+    (tmp_path / "book.txt").write_text(BOOK * 20)
+
+    def keys(options):
+        spec = f"needle:books=text:{tmp_path}/book.txt,words=40,digits=12,documents=60{options}"
+        documents = read_documents(PrepareOptions(source=spec, out="none").training)
+        return [d.text[slice(*d.answers[0])].split() for d in documents]
+
+    assert {len(set(key)) for key in keys(",symbols=2")} == {2}
+    drawn = keys(",symbols=2-4")
+    assert {len(set(key)) for key in drawn} == {2, 3, 4}
+    assert len({digit for key in drawn for digit in key}) == 10, "each key has its own digits"
+    assert keys(",symbols=10") == keys("")

@@ -22,7 +22,8 @@ from infini_ds.evaluation.tasks.natural_recall import (
     evaluate_natural_recall,
     summarize,
 )
-from infini_ds.evaluation.validation_rows import choose_rows
+from infini_ds.evaluation.tasks.position import evaluate_position
+from infini_ds.evaluation.validation_rows import choose_rows, rows_of_options
 from infini_ds.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -138,5 +139,21 @@ def test_rows_of_a_single_segment_are_refused(runs, shards, tmp_path):
     model.model.config.segment_length = 256
     rows = choose_rows(model, find_sources(str(shards), [], ""), 2)
     context = EvaluationContext(ResultCache(tmp_path, ""), SimpleNamespace(), seed=0, limit=None, batch_tokens=256)
-    with pytest.raises(UserError, match="no bigram of the 2 rows is repeated after a segment of 256 tokens"):
+    with pytest.raises(UserError, match="no bigram of the 2 rows is repeated after a segment of 256 tokens: .*tokens"):
         evaluate_natural_recall(rows, context)
+
+
+def test_segment_tokens_group_models_of_other_segments_alike(runs, shards, tmp_path):
+    """So that full attention, one segment a row, stands beside a memory: the same tokens at the same distances."""
+    model = load_evaluated_model(str(runs / "one"), CPU)
+    context = EvaluationContext(ResultCache(tmp_path, ""), SimpleNamespace(), seed=0, limit=None, batch_tokens=256)
+    options = SimpleNamespace(data=str(shards), rows=2, segment_tokens=0)
+    usual = evaluate_natural_recall(rows_of_options(model, options), context)
+    options.segment_tokens = model.model.config.segment_length
+    model.model.config.segment_length = 256
+    full = evaluate_natural_recall(rows_of_options(model, options), context)
+    assert full.segment_length == usual.segment_length == 32
+    for one, other in zip((full.new, *full.seen), (usual.new, *usual.seen), strict=True):
+        assert (one.nearest, one.farthest, one.tokens) == (other.nearest, other.farthest, other.tokens)
+    positions = evaluate_position(rows_of_options(model, options), context)
+    assert len(positions.memory["on"].by_segment.loss) == 256 // 32

@@ -29,7 +29,7 @@ from infini_ds.evaluation.task import (
     TidyRow,
     register_task,
 )
-from infini_ds.evaluation.validation_rows import ChosenRows, Gain, choose_rows, find_data
+from infini_ds.evaluation.validation_rows import ChosenRows, Gain, rows_of_options
 from infini_ds.utils.errors import UserError
 
 NEW = 0  # the class of bigrams that the document did not have before; 1 is the same segment, 2 the one before it
@@ -90,13 +90,12 @@ class NaturalRecall(EvaluationTask[NaturalRecallResult]):
     name = "natural_recall"
     help = (
         "loss on tokens that complete a bigram of their document, by segments since then, on the rows that --data and "
-        "--rows of position choose"
+        "--rows of position choose, and in its --segment-tokens"
     )
     result_type = NaturalRecallResult
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> NaturalRecallResult:
-        given = context.arguments
-        return evaluate_natural_recall(choose_rows(model, find_data(model, given.data), given.rows or None), context)
+        return evaluate_natural_recall(rows_of_options(model, context.arguments), context)
 
     def headline(self, result: NaturalRecallResult) -> Headline:
         return Headline("loss/remembered", result.remembered.loss["on"])
@@ -170,7 +169,8 @@ def evaluate_natural_recall(rows: ChosenRows, context: EvaluationContext) -> Nat
     if not tokens[:, 2:].sum():
         raise UserError(
             f"--data {rows.data.path}: no bigram of the {len(rows.chosen)} rows is repeated after a segment of "
-            f"{rows.segment_length} tokens: prepare rows of more tokens, with --sequence-length of data_prep"
+            f"{rows.segment_length} tokens: prepare rows of more tokens, with --sequence-length of data_prep, or "
+            "count distances in shorter segments, with --segment-tokens"
         )
     farthest = tokens.shape[1] - 1
     return NaturalRecallResult(

@@ -28,7 +28,7 @@ from infini_ds.evaluation.task import (
     add_integer,
     register_task,
 )
-from infini_ds.evaluation.validation_rows import ChosenRows, Gain, choose_rows, find_data
+from infini_ds.evaluation.validation_rows import ChosenRows, Gain, rows_of_options
 from infini_ds.training.validation import PositionLosses
 
 MAX_POINTS = 256  # of the loss by position
@@ -106,10 +106,11 @@ class Position(EvaluationTask[PositionResult]):
             help="folder that data_prep made, or its address (default: the run's own data)",
         )
         add_integer(parser, "--rows", 0, 64, "validation rows, evenly spaced over the split; 0 for all")
+        grouped = "tokens of a segment in tables and plots, to compare models whose segments differ"
+        add_integer(parser, "--segment-tokens", 0, 0, grouped, shown="the model's")
 
     def run(self, model: EvaluatedModel, context: EvaluationContext) -> PositionResult:
-        given = context.arguments
-        return evaluate_position(choose_rows(model, find_data(model, given.data), given.rows or None), context)
+        return evaluate_position(rows_of_options(model, context.arguments), context)
 
     def headline(self, result: PositionResult) -> Headline:
         return Headline("loss", result.memory["on"].loss)
