@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from infini_ds.evaluation.html import bullets, table, to_html
-from infini_ds.study import figures
+from infini_ds.study import arms, figures
 from infini_ds.study.collect import collect_provenance, collect_results
 from infini_ds.study.commands import StudyCommands
 from infini_ds.study.conclusions import (
@@ -62,6 +62,7 @@ def write_report(folder: Path) -> Path:
         summary(provenance, results),
         "## Conclusions",
         bullets(conclude(cells, provenance.context_length)),
+        *arms_section(cells, provenance.context_length, pictures),
         *pretraining_section(cells, provenance.context_length, pictures),
         *finetuning_section(cells, provenance.context_length, pictures),
         *gates_section(cells, provenance.context_length, pictures),
@@ -130,6 +131,20 @@ def pretraining_section(cells: list[Cell], context_length: int, pictures: Path) 
         table(header, rows, text_columns=("memory rule", "gate schedule")),
         "Tokens include those of the plain GPT-Neo that fine-tuning starts from. The learning rate of fine-tuning "
         "starts again from its own warm-up; that of pre-training decays once over all steps.",
+    ]
+
+
+def arms_section(cells: list[Cell], context_length: int, pictures: Path) -> list[str]:
+    best = arms.best_of_arms(cells, context_length)
+    if len(best) < 2 or not arms.plot_arms(best, pictures / "arms.png"):
+        return []
+    return [
+        "## Arms side by side",
+        image("Loss of each arm less that of the first one, by position and by distance", "arms.png"),
+        arms.arms_table(best),
+        "Of each arm that starts from no other one the cell with the lowest validation loss, among those with most "
+        "seeds. Bigrams of earlier segments are tokens that complete a bigram of their document, as `natural_recall` "
+        "counts them; evaluation.options.segment_tokens makes arms of different segments comparable.",
     ]
 
 
@@ -205,16 +220,16 @@ def gate_figures(cells: list[Cell], context_length: int, pictures: Path) -> list
     """Plot the gates of each arm by context length, where there are several, and by segment length."""
     linear = [cell for cell in cells if cell.run.uses_memory and cell.run.memory_rule == "linear"]
     linear = [cell for cell in linear if all(result.gates for result in cell.results)]
-    arms = list(dict.fromkeys(cell.run.arm for cell in linear))
+    names = list(dict.fromkeys(cell.run.arm for cell in linear))
     images = []
-    for arm in arms:
+    for arm in names:
         for length in sorted({cell.run.segment_length for cell in linear if cell.run.arm == arm}):
             chosen = [cell for cell in linear if (cell.run.arm, cell.run.segment_length) == (arm, length)]
             if len({cell.run.context_length for cell in chosen}) > 1:
                 title, file = f"Gates by context length: {arm}, segments of {length}", f"figure-5-{arm}-s{length}.png"
                 figures.plot_gates(chosen, lambda run: run.context_length, "rows", title, pictures / file)
                 images.append(image(title, file))
-    for arm in arms:
+    for arm in names:
         chosen = [cell for cell in linear if (cell.run.arm, cell.run.context_length) == (arm, context_length)]
         if chosen:
             title, file = f"Gates by segment length: {arm}, rows of {context_length:,}", f"figure-6-{arm}.png"

@@ -139,7 +139,9 @@ def test_rows_of_a_single_segment_are_refused(runs, shards, tmp_path):
     model.model.config.segment_length = 256
     rows = choose_rows(model, find_sources(str(shards), [], ""), 2)
     context = EvaluationContext(ResultCache(tmp_path, ""), SimpleNamespace(), seed=0, limit=None, batch_tokens=256)
-    with pytest.raises(UserError, match="no bigram of the 2 rows is repeated after a segment of 256 tokens: .*tokens"):
+    with pytest.raises(
+        UserError, match=r"no bigram of the 2 rows is repeated after a segment of 256 tokens: .*segment-tokens"
+    ):
         evaluate_natural_recall(rows, context)
 
 
