@@ -1,11 +1,14 @@
 """What a study file expands to, and which mistakes in it are refused."""
 
 import pytest
+import torch
 from harness import ROOT
 
 from data_prep.__main__ import parse
 from infini_ds.config.keys import list_keys
+from infini_ds.config.model_config import model_config
 from infini_ds.config.recipe import load_recipe
+from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.study.commands import Scripts, StudyCommands
 from infini_ds.study.grid import expand, flatten, other_axes
 from infini_ds.study.study_config import Study, load_study
@@ -26,16 +29,37 @@ def test_shipped_study_is_valid(path):
     study = load_study(path)
     runs = expand(study)
     assert study.name == path.stem and [run.number for run in runs] == list(range(1, len(runs) + 1))
+    data = StudyCommands(study, NO_SCRIPTS).prepare_data(runs)
+    assert [parse(list(command.arguments[3:])).sequence_length for command in data] == list(
+        dict.fromkeys(run.context_length for run in runs)
+    )
+
+
+@pytest.mark.parametrize("name", ["small", "full"])
+def test_the_study_that_is_replicated(name):
+    runs = expand(load_study(f"launch/studies/{name}.yaml"))
     for arm in ("pretrain", "finetune"):
         of_arm = [run for run in runs if run.arm == arm and run.uses_memory]
         assert len({run.recipe.seed for run in of_arm}) >= 2 and len({run.segment_length for run in of_arm}) >= 2
     assert {run.gate_schedule for run in runs} == {"decayed", "constant"}
     assert {run.memory_rule for run in runs} == {"linear", "delta"}
     assert len({run.context_length for run in runs}) >= 2
-    data = StudyCommands(study, NO_SCRIPTS).prepare_data(runs)
-    assert [parse(list(command.arguments[3:])).sequence_length for command in data] == list(
-        dict.fromkeys(run.context_length for run in runs)
-    )
+
+
+def test_arms_of_the_memory_study_differ_by_their_attention_alone():
+    """The same learning rates, seeds and steps; and parameters, but for those of the softmax rule's own parts."""
+    grids: dict[str, list] = {}
+    sizes: dict[str, int] = {}
+    for run in expand(load_study("launch/studies/memory.yaml")):
+        recipe = run.recipe
+        fixed = (recipe.optimizer.muon_learning_rate, recipe.seed, recipe.steps, recipe.batch, recipe.schedule)
+        grids.setdefault(run.arm, []).append(fixed)
+        with torch.device("meta"):
+            model = InfiniGPTNeoForCausalLM(model_config(recipe, None))
+        sizes[run.arm] = sum(p.numel() for p in model.parameters())
+    assert list(grids) == ["local", "linear", "softmax", "full"]
+    assert all(grid == grids["local"] for grid in grids.values()) and len(grids["local"]) == 5
+    assert sizes["local"] == sizes["linear"] == sizes["full"] < sizes["softmax"] < 1.001 * sizes["local"]
 
 
 def test_fine_tuning_starts_from_a_plain_run_with_its_seed():
