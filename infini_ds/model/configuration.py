@@ -15,7 +15,6 @@ from .memory_rule import get_memory_rule
 # isort: split
 # Each memory rule registers itself when its file is imported.
 from .delta_rule import DeltaRule  # noqa: F401
-from .gated_softmax_rule import GatedSoftmaxRule  # noqa: F401
 from .linear_rule import LinearRule  # noqa: F401
 from .softmax_rule import SoftmaxRule  # noqa: F401
 

@@ -123,43 +123,17 @@ def test_softmax_features_keep_a_fact_apart_from_any_amount_of_text():
     assert errors["softmax"] < 1e-6 and errors["linear"] > 0.9
 
 
-def test_a_token_of_no_strength_leaves_a_fact_as_it_is_however_long_the_text():
-    """Its keys share the fact's feature, so that without a strength of each write the text covers the fact."""
-    rng = torch.Generator().manual_seed(0)
-    D, N, S = 8, 2048, 128
-    fact = torch.zeros(D)
-    fact[:2] = torch.tensor([2.0, 4.0])
-    k = 0.1 * torch.randn(1, N, 1, S, D, generator=rng)
-    k[..., 0] += 2
-    v = torch.randn(1, N, 1, S, D, generator=rng)
-    k[:, 0, :, 0], v[:, 0, :, 0] = fact, 1.0
-    errors = {}
-    for name in ("gated_softmax", "softmax"):
-        rule = RULES[name]
-        parameters = dict(rule.parameters(InfiniGPTNeoConfig(num_heads=1, hidden_size=D)))
-        if name == "gated_softmax":
-            parameters["strength"].data[0, 1] = 10.0  # what tells facts from text
-            parameters["strength_bias"].data[:] = -25.0
-        _, after = rule.write(empty(1, D), k, v, None, None, parameters)
-        read = rule.read(fact.view(1, 1, 1, 1, D), MemoryState(*(x[:, None] for x in after)), parameters)
-        errors[name] = (read - 1).abs().max().item()
-    assert errors["gated_softmax"] < 1e-3 and errors["softmax"] > 0.5
-
-
-@pytest.mark.parametrize("name", ["softmax", "gated_softmax"])
 @pytest.mark.parametrize("extreme", [1e4, 1e20])
-def test_softmax_features_of_extreme_keys_are_finite_and_so_are_their_gradients(name, extreme):
-    rule = RULES[name]
-    parameters = dict(rule.parameters(InfiniGPTNeoConfig(num_heads=1, hidden_size=2)))
-    if name == "gated_softmax":
-        parameters["strength"].data[:] = -1.0  # nothing is written with any strength
+def test_softmax_features_of_extreme_keys_are_finite_and_so_are_their_gradients(extreme):
+    rule = RULES["softmax"]
+    parameters = dict(rule.parameters(InfiniGPTNeoConfig(num_heads=1)))
     k = torch.tensor([extreme, 0.0]).view(1, 1, 1, 1, 2).requires_grad_()
     q = k.detach().flip(-1).requires_grad_()  # no feature in common
     _, after = rule.write(empty(1, 2), k, torch.ones_like(k), None, None, parameters)
     out = rule.read(q, MemoryState(*(x[:, None] for x in after)), parameters)
     out.sum().backward()
     assert_close(out, torch.ones_like(out))
-    assert all(x.grad.isfinite().all() for x in (k, q, *parameters.values()))
+    assert all(x.grad.isfinite().all() for x in (k, q, parameters["log_scale"]))
 
 
 @pytest.mark.parametrize("lengths", RAGGED)

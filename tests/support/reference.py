@@ -137,13 +137,9 @@ def _attention(
         memory.z = [torch.zeros_like(z) for z in memory.z]
         memory.document = last
     rule = REFERENCE_RULES[config.memory_rule]
-    strength = REFERENCE_STRENGTHS.get(config.memory_rule, lambda *_: 1.0)
     for h in range(H):
-        k, v = heads["k"][h], heads["v"][h]
         written = [
-            (strength(k[i], parameters, h) * features(k[i], parameters, h), v[i])
-            for i in range(len(x))
-            if documents[i] == last
+            (features(heads["k"][h][i], parameters, h), heads["v"][h][i]) for i in range(len(x)) if documents[i] == last
         ]
         memory.M[h], memory.z[h] = rule(memory.M[h], memory.z[h], written, parameters, h)
 
@@ -187,7 +183,6 @@ def _write_delta(
 REFERENCE_RULES: dict[str, Write] = {
     "linear": _write_linear,
     "softmax": _write_linear,
-    "gated_softmax": _write_linear,
     "delta": partial(_write_delta, bounded=True),
     "delta_paper": partial(_write_delta, bounded=False),
 }
@@ -202,13 +197,7 @@ def _softmax(x: Tensor, parameters: dict, h: int) -> Tensor:
     return powers / powers.sum()
 
 
-def _strength(k: Tensor, parameters: dict, h: int) -> Tensor:
-    return 2.0**-40 + 1 / (1 + torch.exp(-(parameters["strength"][h] @ k + parameters["strength_bias"][h])))
-
-
-# (x, the rule's parameters, head) -> phi(x), where it is not ELU(x) + 1
-REFERENCE_FEATURES = {"softmax": _softmax, "gated_softmax": _softmax}
-REFERENCE_STRENGTHS = {"gated_softmax": _strength}  # (k, the rule's parameters, head) -> of a write, where it is not 1
+REFERENCE_FEATURES = {"softmax": _softmax}  # (x, the rule's parameters, head) -> phi(x), where it is not ELU(x) + 1
 
 
 def _rotated(config: InfiniGPTNeoConfig, x: Tensor, position: int) -> Tensor:
