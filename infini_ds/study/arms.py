@@ -96,6 +96,8 @@ def _plot_differences(axes: Axes, cells: list[Cell], of: Callable[[RunResult], L
     """Plot the cells that have the same groups as the first one; return whether there are at least two."""
     groups = list(of(cells[0].results[0]))
     alike = [cell for cell in cells if groups and all(list(of(result)) == groups for result in cell.results)]
+    if cells[0] not in alike:  # a run of the first arm is not evaluated yet, or otherwise
+        return False
     baseline = {group: statistics.fmean(of(result)[group] for result in cells[0].results) for group in groups}
     axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     for number, cell in enumerate(alike):
@@ -103,6 +105,7 @@ def _plot_differences(axes: Axes, cells: list[Cell], of: Callable[[RunResult], L
         def difference(result: RunResult) -> list[tuple[float, float]]:
             return [(place, of(result)[group] - baseline[group]) for place, group in enumerate(groups)]
 
-        plot_band(axes, cell, difference, color=COLORS[number], label=cell.run.arm, marker=".")
-    axes.set_xticks(range(0, len(groups), max(1, len(groups) // 8)), groups[:: max(1, len(groups) // 8)])
+        plot_band(axes, cell, difference, color=COLORS[number % len(COLORS)], label=cell.run.arm, marker=".")
+    shown = slice(None, None, max(1, len(groups) // 8))
+    axes.set_xticks(range(len(groups))[shown], groups[shown])
     return len(alike) > 1

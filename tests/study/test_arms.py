@@ -63,4 +63,7 @@ def test_the_table_and_the_figure(tmp_path):
     assert file is not None and file.stat().st_size > 10_000
     plain = RunResult(best[0].run, best[0].results[0].measurements[:2], {})
     assert plot_arms(group_by_cell([plain, *best[1].results]), tmp_path / "none.png") is None
+    first, second = best[0].results
+    unfinished = RunResult(second.run, second.measurements[:2], {})  # exported, and not evaluated yet
+    assert plot_arms(group_by_cell([first, unfinished, *best[1].results]), tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
