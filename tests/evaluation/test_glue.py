@@ -122,16 +122,21 @@ def test_evaluate_fine_tunes_reports_and_skips_finished_tasks(files, exported, t
     assert result.tasks["sst2"].f1 == task["f1"] and result.settings == SETTINGS
     assert TidyRow("on", "accuracy/sst2", task["value"]) in result.tidy_rows()
 
-    # With micro-batches of another size the scores are the same; boolq is new; sst2 is not computed again.
+    # With micro-batches of another size the scores are the same, but for an example that rounding decides on the way to
+    # the best one, so that its step may differ; boolq is new; sst2 is not computed again.
+    def scores(tasks):
+        return {name: {key: value for key, value in of.items() if key != "step"} for name, of in tasks.items()}
+
     parts = tmp_path / "parts.json"
     both = [*arguments, "--glue-tasks", "sst2", "boolq", "--finetune", *keys, "patience=3"]
     call_script(*both, "--out", tmp_path / "small", "--batch-tokens", "400")
     small = json.loads((tmp_path / "small" / "evaluation.json").read_text())["tasks"]["glue"]
-    assert small["tasks"]["sst2"] == task
+    assert scores(small["tasks"])["sst2"] == scores({"sst2": task})["sst2"]
     call_script(*both)
     kept = parts.read_text()
     again = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]["glue"]
-    assert again["tasks"] == small["tasks"] and again["data"] == small["data"]
+    assert scores(again["tasks"]) == scores(small["tasks"]) and again["data"] == small["data"]
+    assert again["tasks"]["sst2"] == task
     assert again["mean"] == (task["value"] + again["tasks"]["boolq"]["value"]) / 2
     assert again["tasks"]["boolq"]["value"] > 0.95
     assert len(json.loads(kept)) == 2
