@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--short-conv", type=int, help="width of a short convolution, with --from-gpt-neo (default: 0, none)"
     )
+    parser.add_argument(
+        "--embed-conv", type=int, help="width of a convolution of embeddings, with --from-gpt-neo (default: 0, none)"
+    )
     parser.add_argument("--gates", choices=GATES, help="initial gates, with --from-gpt-neo (default: closed)")
     parser.add_argument("--push-to-hub", metavar="NAME", help="also upload the folder, as user/model")
     parser.add_argument("--private", action="store_true", help="make the uploaded model private")
@@ -45,12 +48,19 @@ def main() -> None:
         refuse_option(args, "dtype", "without --from-gpt-neo")
         length = 128 if args.segment_length is None else args.segment_length
         from_gpt_neo(
-            args.from_gpt_neo, args.out, length, args.gates or "closed", args.max_shard_size, args.short_conv or 0
+            args.from_gpt_neo,
+            args.out,
+            length,
+            args.gates or "closed",
+            args.max_shard_size,
+            args.short_conv or 0,
+            args.embed_conv or 0,
         )
     else:
         refuse_option(args, "segment_length", "with --from-gpt-neo")
         refuse_option(args, "gates", "with --from-gpt-neo")
         refuse_option(args, "short_conv", "with --from-gpt-neo")
+        refuse_option(args, "embed_conv", "with --from-gpt-neo")
         location = locate(newest_run() if args.source is None else args.source)
         if args.out is None and location.path == location.checkpoint:
             raise UserError(f"{location.path} is one of several checkpoints of its run: give --out FOLDER")

@@ -14,7 +14,8 @@ from infini_ds.utils.pretrained import read_config, read_json
 
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 # Keys of the model section that are fields of InfiniGPTNeoConfig; null leaves the default, or what start_from has.
-CONFIG_KEYS = ("segment_length", "memory_rule", "position_embedding", "gate_init", "short_conv")
+CONFIG_KEYS = ("segment_length", "memory_rule", "position_embedding", "gate_init", "short_conv", "embed_conv")
+CONVOLUTIONS = ("short_conv", "embed_conv")  # a start_from without one can be given one
 FIXED_BY_WEIGHTS = ("gate_init", "position_embedding")  # of these, what start_from decides
 
 
@@ -129,12 +130,13 @@ def _check_start_from(section: ModelSection) -> None:
                 f"model.{key}={getattr(section, key)} is decided by the weights of model.start_from={folder}: leave it "
                 "out"
             )
-    width = given.get("short_conv", 0)  # exports of earlier versions do not have the field
-    if width and section.short_conv not in (None, width):
-        raise UserError(
-            f"model.short_conv={section.short_conv} is decided by the weights of model.start_from={folder}, which have "
-            f"a short convolution of width {width}: leave it out"
-        )
+    for key in CONVOLUTIONS:
+        width, asked = given.get(key, 0), getattr(section, key)  # exports of earlier versions do not have the field
+        if width and asked not in (None, width):
+            raise UserError(
+                f"model.{key}={asked} is decided by the weights of model.start_from={folder}, which have a convolution "
+                f"of width {width}: leave it out"
+            )
 
 
 def _vocabulary(folder: Path, name: str) -> dict[str, int]:

@@ -55,6 +55,12 @@ class ModelSection(Section):
         "as in start_from",
         ge=0,
     )
+    embed_conv: int | None = key(
+        None,
+        "width of a learned convolution of the token embeddings, across the ends of segments; 0: none; null: 0, or as "
+        "in start_from",
+        ge=0,
+    )
     gradient_checkpointing: bool = key(
         False, "keep only the memory between blocks, recompute each block in the backward pass", resumable=True
     )

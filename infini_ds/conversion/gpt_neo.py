@@ -14,11 +14,18 @@ from infini_ds.utils.pretrained import TOKENIZER_FILES, load_pretrained, load_to
 # Initial beta of every gate; sigmoid(beta) is the weight of the memory in a head's output: 0.02 or 0.5.
 GATES = {"closed": -4.0, "zero": 0.0}
 
-OURS = r"\.attn\.attention\.(beta$|memory_parameters\.|short_conv\.)"  # the parameters that a GPT-Neo does not have
+# The parameters that a GPT-Neo does not have.
+OURS = r"\.attn\.attention\.(beta$|memory_parameters\.|short_conv\.)|\.embed_conv\."
 
 
 def from_gpt_neo(
-    name: str, out: Path, segment_length: int, gates: str, max_shard_size: str = "2GB", short_conv: int = 0
+    name: str,
+    out: Path,
+    segment_length: int,
+    gates: str,
+    max_shard_size: str = "2GB",
+    short_conv: int = 0,
+    embed_conv: int = 0,
 ) -> None:
     """Write a folder that training can start from (`model.start_from=`).
 
@@ -26,10 +33,11 @@ def from_gpt_neo(
         name: folder or hub name of a GPTNeoForCausalLM.
         gates: "closed" to start close to GPT-Neo on each segment by itself, "zero" to start with equal weights for
             local attention and memory.
-        short_conv: width of the short convolution, which starts as the identity; 0 for none.
+        short_conv, embed_conv: widths of the convolutions of keys and values, and of the embeddings, which start as the
+            identity; 0 for none.
     Raises:
         UserError: the model cannot be read or is incomplete, is not a GPT-Neo, has fewer positions than
-            `segment_length`, or `short_conv` is no width.
+            `segment_length`, or a convolution's width is none.
     """
     given = f"--from-gpt-neo {name}"
     if Path(name, "config.json").is_file():
@@ -45,7 +53,11 @@ def from_gpt_neo(
         fields.pop(key, None)
     try:
         config = InfiniGPTNeoConfig(
-            **fields, segment_length=segment_length, gate_init=GATES[gates], short_conv=short_conv
+            **fields,
+            segment_length=segment_length,
+            gate_init=GATES[gates],
+            short_conv=short_conv,
+            embed_conv=embed_conv,
         )
     except ValueError as error:
         raise UserError(f"{given}: {first_line(error)}") from error

@@ -32,6 +32,7 @@ from .block_schedule import BlockSchedule
 from .cache import InfiniCache, LayerCache, check_cache
 from .configuration import InfiniGPTNeoConfig
 from .decoding import DecodingStep, fits, plan_step, run_step
+from .embedding_conv import EmbeddedRows, EmbeddingConvolution
 from .layers import InfiniLayer
 from .local_attention import document_mask
 from .memory import memory_dtype
@@ -94,12 +95,14 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, InfiniAttention):
             nn.init.constant_(module.beta, self.config.gate_init)
-        if isinstance(module, ShortConvolution):
+        if isinstance(module, ShortConvolution | EmbeddingConvolution):
             embedding = cast(InfiniGPTNeoModel, self.base_model).wte
             if getattr(embedding.weight, "_is_hf_initialized", False):  # the other weights come from a file
                 module.start_as_identity()
-            else:
+            elif isinstance(module, ShortConvolution):
                 module.start_even()
+            else:
+                module.start_random()
         # Of an InfiniAttention, which transformers 5 skips if `beta` is loaded.
         if isinstance(module, nn.ParameterDict):
             for name, initial in get_memory_rule(self.config.memory_rule).parameters(self.config).items():
@@ -149,6 +152,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "segment":
             self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.embed_conv:
+            self.embed_conv = EmbeddingConvolution(config)
         self.drop = nn.Dropout(config.embed_dropout)
         self.h = nn.ModuleList(InfiniLayer(config, kind) for kind in config.attention_layers)
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -298,18 +303,15 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if isinstance(grid, DecodingStep):
             return run_step(self, context, output, output_hidden_states)
 
-        def in_slots(values: Tensor) -> Tensor:
-            return values if grid.incremental else grid.to_slots(values, 0)
-
-        ids = in_slots(context.input_ids)
+        convolution = self.embed_conv if self.config.embed_conv else None
+        earlier = None if cache is None else cache.earlier_tokens()
+        rows = EmbeddedRows(self.wte, convolution, context.input_ids, context.inputs_embeds, grid, earlier)
         blocks = list(grid.split(schedule.block_segments(self.config.segment_length, self.training)))
         # An incremental call computes its input tokens, which with padding may be more than a segment.
-        ends = [ids.shape[1] if grid.incremental else (first + block.N) * grid.S for first, block in blocks]
+        T = context.input_ids.shape[1]
+        ends = [T if grid.incremental else (first + block.N) * grid.S for first, block in blocks]
         all_slots = [slice(first * grid.S, end) for (first, _), end in zip(blocks, ends, strict=True)]
-        embeds: list[Tensor] = []
-        if context.inputs_embeds is not None:
-            in_order = in_slots(context.inputs_embeds)
-            embeds = [in_order[:, slots] for slots in all_slots]
+        embeds = [given for slots in all_slots if (given := rows.given(slots)) is not None]
         first_leaves, structure = tree_flatten(context.states)
         leaves: tuple[Tensor, ...] = tuple(first_leaves)
 
@@ -324,7 +326,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
                 cached = list(cache.layer_caches)
             states = tree_unflatten(list(leaves), structure)
             hidden_states, states, keys_values = self.forward_block(
-                ids[:, slots], states, block, cached, block_embeds, output_hidden_states
+                rows.of_block(slots, block_embeds), states, block, cached, output_hidden_states
             )
             if cache is not None:
                 assert context.open_segment is not None
@@ -347,7 +349,9 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if cache is not None:
             assert context.open_segment is not None
             read = context.input_ids if context.inputs_embeds is None else None
-            cache.advance(states, grid, context.open_segment, context.input_ids.shape[1], read)
+            if earlier is not None:
+                cache.last_embeds = rows.last().to(cache.last_embeds.dtype)
+            cache.advance(states, grid, context.open_segment, T, read)
         hidden_states = None
         if output_hidden_states:
             count = len(self.h) + 1
@@ -358,22 +362,21 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
 
     def forward_block(
         self,
-        ids: Tensor,
+        embeds: Tensor,
         states: tuple[State, ...],
         grid: SegmentGrid | DecodingStep,
         cached: list[LayerCache | None],
-        embeds: Tensor | None = None,
         keep_hidden: bool = False,
     ) -> tuple[list[Tensor], tuple[State, ...], list[tuple[Tensor, Tensor]]]:
-        """Run all layers over one block of segments, ids (B, N * S) or their embeddings (B, N * S, E).
+        """Run all layers over one block of segments, whose embeddings are (B, N * S, E).
 
         Returns:
             hidden (B, N * S, E) after the last norm, and with `keep_hidden` before it those before each layer;
             each layer's memory after the block; each layer's keys and values (B, N, H, S, D).
         """
-        hidden = self.wte(ids) if embeds is None else embeds
+        hidden = embeds
         if self.config.position_embedding == "segment":
-            positions = grid.positions(ids.device)
+            positions = grid.positions(embeds.device)
             hidden = hidden + self.wpe(positions if grid.incremental else positions.repeat(grid.N))
         hidden = self.drop(hidden)
         layers = cast(list[InfiniLayer], list(self.h))
@@ -384,7 +387,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
                 assert isinstance(grid, SegmentGrid) and grid.documents is not None
                 masks[window] = document_mask(grid.documents.flatten(0, 1), window)
             else:
-                masks[window] = grid.local_mask(window, ids.device)
+                masks[window] = grid.local_mask(window, embeds.device)
         recompute = self.block_schedule.checkpoint_layers and self.training and torch.is_grad_enabled()
         all_hidden, after, keys_values = [], [], []
         for layer, state, layer_cache in zip(layers, states, cached, strict=True):

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_file import load_cache, save_cache
 from .configuration import InfiniGPTNeoConfig
+from .embedding_conv import EarlierTokens
 from .memory import memory_dtype
 from .memory_rule import State, get_memory_rule
 from .segments import NO_DOCUMENT, SegmentGrid
@@ -52,8 +53,9 @@ def _hash_after(start: Tensor, ids: Tensor) -> Tensor:
 
 
 def _fingerprint(config: InfiniGPTNeoConfig, dtype: torch.dtype) -> dict[str, object]:
-    names = "segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding", "short_conv"
-    return {name: getattr(config, name) for name in names} | {"dtype": dtype}
+    names = "segment_length", "num_layers", "num_heads", "head_dim", "memory_rule", "position_embedding"
+    convolutions = "short_conv", "embed_conv"
+    return {name: getattr(config, name) for name in (*names, *convolutions)} | {"dtype": dtype}
 
 
 @dataclass
@@ -94,6 +96,8 @@ class InfiniCache(Cache):
         layer_caches: one `LayerCache` a layer.
         open_documents: (B, S) the document of each slot of the open segment, NO_DOCUMENT after its last token.
         memory_document: (B,) the document in the memory, NO_DOCUMENT while nothing has been written.
+        last_embeds: (B, embed_conv - 1, E) of the last tokens, before the convolution; 0 where there is none of the
+            last document, and without columns if there is no convolution of embeddings.
         columns: number of columns of `input_ids` processed so far, padding included.
         packed: the open segments may hold several documents.
         fingerprint: what decides the shapes and the meaning of the tensors, by name.
@@ -109,6 +113,7 @@ class InfiniCache(Cache):
         empty = self.rule.empty_state(B, H, D, memory_dtype(dtype), device)
         self.layer_caches = [LayerCache(empty, open_segment, open_segment) for _ in range(config.num_layers)]
         self.segment_length = S
+        self.last_embeds = torch.zeros(B, max(0, config.embed_conv - 1), config.hidden_size, dtype=dtype, device=device)
         self.memory_document = torch.full((B,), NO_DOCUMENT, device=device)
         self._open_documents: Tensor | None = torch.full((B, S), NO_DOCUMENT, device=device)
         self._tokens: list[int] | None = None
@@ -139,6 +144,13 @@ class InfiniCache(Cache):
             filled = (self.open_documents != NO_DOCUMENT).sum(1)
             self._tokens = (filled + self.segment_length * (self.memory_document != NO_DOCUMENT)).tolist()
         return self._tokens
+
+    def earlier_tokens(self) -> EarlierTokens | None:
+        """Return what a convolution of embeddings needs of the tokens so far; None if the model has none."""
+        if not self.last_embeds.shape[1]:
+            return None
+        document = torch.maximum(self.memory_document, self.open_documents.amax(1))
+        return EarlierTokens(self.last_embeds, document, (self.open_documents != NO_DOCUMENT).sum(1))
 
     def memories(self) -> tuple[State, ...]:
         return tuple(layer.memory for layer in self.layer_caches)
@@ -283,7 +295,7 @@ class InfiniCache(Cache):
 
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes."""
-        tensors = [self.open_documents, self.memory_document]
+        tensors = [self.open_documents, self.memory_document, self.last_embeds]
         for layer in self.layer_caches:
             tensors += [*tree_leaves(layer.memory), layer.k, layer.v]
             tensors += [x for x in (layer.attended_k, layer.attended_v) if x is not None]
@@ -310,6 +322,7 @@ class InfiniCache(Cache):
         alike = all(count == tokens[0] for count in tokens)  # then the host need not know the index
         tokens = tokens[:1] * len(index) if alike else [tokens[row] for row in index.tolist()]
         self.open_documents, self.memory_document = self.open_documents[index], self.memory_document[index]
+        self.last_embeds = self.last_embeds[index]
         self._tokens = tokens
         self.first_ids = self.first_ids[index]
         self.ids_hash, self.offset_hash = (x if x is None else x[index] for x in (self.ids_hash, self.offset_hash))
@@ -336,6 +349,7 @@ class InfiniCache(Cache):
         """Empty the cache in place."""
         self.open_documents = torch.full_like(self.open_documents, NO_DOCUMENT)
         self.memory_document = torch.full_like(self.memory_document, NO_DOCUMENT)
+        self.last_embeds = torch.zeros_like(self.last_embeds)
         self.columns = 0
         self.packed = False
         self._forget_ids()

@@ -33,6 +33,7 @@ VERSION = 1  # of the format; a reader refuses a newer one
 # fingerprint tell.
 GPT_NEO_FIELDS = ("activation_function", "attention_layers", "layer_norm_epsilon", "window_size")
 NOT_COMPARED = {"self", "kwargs", "gate_init"}  # of InfiniGPTNeoConfig's arguments; gate_init is an initial value
+ABSENT_BEFORE = {"embed_conv": 0}  # fields that files of earlier versions do not have, and what they mean there
 OPTIONAL = ("ids_hash", "offset_hash")  # None where a text was given as embeddings
 
 
@@ -80,7 +81,7 @@ def load_cache(cache_class: type[InfiniCache], path: str | Path, model: PreTrain
             f"{path} has format {metadata.get('format')} {version}, and this code reads {FORMAT} up to {VERSION}: read "
             "it with the version of the model's code that wrote it"
         )
-    _compare(of_file, _describe(model), path)
+    _compare(ABSENT_BEFORE | of_file, _describe(model), path)
     rows, device = len(tensors["memory_document"]), model.device
     cache = cache_class(cast("InfiniGPTNeoConfig", model.config), rows, model.dtype, device)
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -90,6 +91,7 @@ def load_cache(cache_class: type[InfiniCache], path: str | Path, model: PreTrain
         layer.k, layer.v = (on_device[f"layers.{index}.{name}"] for name in ("k", "v"))
     cache.open_documents, cache.memory_document = on_device["open_documents"], on_device["memory_document"]
     cache.first_ids = on_device["first_ids"]
+    cache.last_embeds = on_device.get("last_embeds", cache.last_embeds)  # of a model with a convolution of embeddings
     cache.ids_hash, cache.offset_hash = (on_device.get(name) for name in OPTIONAL)
     columns, offset, packed = tensors["counts"].tolist()
     cache.columns, cache.offset, cache.packed = columns, offset, bool(packed)
@@ -100,6 +102,8 @@ def _tensors(cache: InfiniCache) -> dict[str, Tensor]:
     """Return all that a cache consists of by name. Numbers are a tensor, so that a file's size does not tell them."""
     tensors = {name: getattr(cache, name) for name in ("open_documents", "memory_document", "first_ids")}
     tensors |= {name: value for name in OPTIONAL if (value := getattr(cache, name)) is not None}
+    if cache.last_embeds.numel():
+        tensors["last_embeds"] = cache.last_embeds
     tensors["counts"] = torch.tensor([cache.columns, cache.offset, cache.packed])
     for index, layer in enumerate(cache.layer_caches):
         named = {f"memory.{name}": tensor for name, tensor in state_tensors(layer.memory).items()}

@@ -43,6 +43,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
         short_conv: width of a learned causal convolution of keys and values, for local attention and memory alike; 2 is
             a token and the one before it. 0: none.
+        embed_conv: width of a learned causal convolution of the token embeddings, which crosses the ends of segments,
+            so that the first tokens of a segment know those before. 0: none.
 
     Raises:
         ValueError: a value is invalid; the sentence names field, value and remedy.
@@ -60,6 +62,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         gate_init: float = 0.0,
         rotary_base: float = 10000.0,
         short_conv: int = 0,
+        embed_conv: int = 0,
         **kwargs,
     ):
         self.segment_length = segment_length
@@ -68,6 +71,7 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self.gate_init = gate_init
         self.rotary_base = rotary_base
         self.short_conv = short_conv
+        self.embed_conv = embed_conv
         _reject_schedule(kwargs)
         for name in ("hidden_size", "num_layers", "num_heads", "window_size"):  # transformers divides by some of them
             if kwargs.get(name, 1) < 1:
@@ -93,11 +97,13 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init} must be a finite number, such as 0 for half of the memory")
-        if self.short_conv != 0 and self.short_conv < 2:
-            raise ValueError(
-                f"short_conv={self.short_conv} is no width of a convolution: give 2 for a token and the one before it, "
-                "more for more tokens, or 0 for none"
-            )
+        for name in ("short_conv", "embed_conv"):
+            width = getattr(self, name)
+            if width != 0 and width < 2:
+                raise ValueError(
+                    f"{name}={width} is no width of a convolution: give 2 for a token and the one before it, more for "
+                    "more tokens, or 0 for none"
+                )
         get_memory_rule(self.memory_rule)
         if self.position_embedding not in POSITION_EMBEDDINGS:
             raise ValueError(

@@ -245,9 +245,12 @@ def run_step(
     step, cache = context.grid, context.cache
     assert isinstance(step, DecodingStep) and cache is not None
     layer_caches = cast(list[LayerCache | None], cache.layer_caches)
-    hidden_states, states, _ = model.forward_block(
-        context.input_ids, context.states, step, layer_caches, context.inputs_embeds, output_hidden_states
-    )
+    embeds = model.wte(context.input_ids) if context.inputs_embeds is None else context.inputs_embeds
+    if model.config.embed_conv:
+        with_earlier = torch.cat([cache.last_embeds.to(embeds.dtype), embeds], dim=1)
+        embeds = model.embed_conv(with_earlier)
+        cache.last_embeds = with_earlier[:, step.T :].to(cache.last_embeds.dtype)
+    hidden_states, states, _ = model.forward_block(embeds, context.states, step, layer_caches, output_hidden_states)
     cache.advance_step(states, step, context.input_ids if context.inputs_embeds is None else None)
     kept = tuple(hidden_states) if output_hidden_states else None
     return [output(hidden_states[-1], slice(0, step.T))], states, kept

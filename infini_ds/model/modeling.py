@@ -1,7 +1,7 @@
 """Infini-GPT-Neo: GPT-Neo whose every layer also reads and writes a compressive memory, as Hugging Face models.
 
 Parameter names are GPT-Neo's own; each layer adds one gate `beta` a head, the parameters of its memory rule,
-and those of its short convolution if it has one.
+and those of its short convolution if it has one. A convolution of the embeddings has parameters of its own.
 
 Shapes: B batch, T tokens, E width, V vocabulary, C labels.
 """
@@ -24,6 +24,7 @@ from .outputs import InfiniCausalLMOutput, InfiniSequenceClassifierOutput, as_re
 from .attention import InfiniAttention  # noqa: F401
 from .cache_file import save_cache  # noqa: F401
 from .decoding import DecodingStep  # noqa: F401
+from .embedding_conv import EmbeddingConvolution  # noqa: F401
 from .layers import InfiniLayer  # noqa: F401
 from .local_attention import local_attention  # noqa: F401
 from .recompute import checkpoint_blocks  # noqa: F401

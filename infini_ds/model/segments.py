@@ -76,6 +76,18 @@ class SegmentGrid:
         rows = torch.arange(len(computed), device=index.device)[:, None]
         return computed[rows, index].masked_fill(outside[..., None], 0)
 
+    def at_input_tokens(self, computed: Tensor) -> Tensor:
+        """Return the values (B, T, …) of the input tokens of an incremental grid, from those of its slots (B, S, …)."""
+        assert self.slots is not None
+        rows = torch.arange(len(computed), device=computed.device)[:, None]
+        return computed[rows, self.slots.clamp_max(self.S - 1)]
+
+    def last_slots(self, count: int) -> Tensor:
+        """Return the last `count` slots (B, count) of each row that hold a token; below 0, those before the grid."""
+        assert self.documents is not None  # a grid after a cache has them
+        filled = (self.documents.flatten(1) != NO_DOCUMENT).sum(1, keepdim=True)
+        return filled + torch.arange(-count, 0, device=filled.device)
+
     def shift_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
         """Return the label of the next token for each computed position, (B, N * S) or, if incremental, (B, T).
 

@@ -27,18 +27,13 @@ class ShortConvolution(nn.Module):
 
     def start_even(self) -> None:
         """Set all weights to 1 / w, with which a new model learns fastest (docs/recall.md)."""
-        self._start(1 / len(self.k), 1 / len(self.k))
+        for weight in (self.k, self.v):
+            fill_taps(weight, 1 / len(weight), 1 / len(weight))
 
     def start_as_identity(self) -> None:
         """Set c_0 to 1 and all others to 0, with which a model that was trained without stays what it is."""
-        self._start(1.0, 0.0)
-
-    @torch.no_grad()
-    def _start(self, first: float, others: float) -> None:
         for weight in (self.k, self.v):
-            if not getattr(weight, "_is_hf_initialized", False):  # transformers' flag of loaded weights
-                weight.fill_(others)
-                weight[0].fill_(first)
+            fill_taps(weight, 1.0, 0.0)
 
     def forward(self, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, N, H, S, D).
@@ -48,6 +43,15 @@ class ShortConvolution(nn.Module):
             documents: (B, N, S), if a segment may hold several.
         """
         return short_convolution(k, self.k, documents), short_convolution(v, self.v, documents)
+
+
+@torch.no_grad()
+def fill_taps(weight: Tensor, first: float, others: float, std: float = 0.0) -> None:
+    """Set the weights (w, E) of a convolution, c_0 to `first` and all others to `others` plus noise, unless loaded."""
+    if getattr(weight, "_is_hf_initialized", False):  # transformers' flag of loaded weights
+        return
+    nn.init.normal_(weight, others, std) if std else weight.fill_(others)
+    weight[0].fill_(first)
 
 
 def short_convolution(x: Tensor, weight: Tensor, documents: Tensor | None = None) -> Tensor:

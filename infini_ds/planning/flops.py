@@ -9,7 +9,7 @@ def training_flops_per_token(config: InfiniGPTNeoConfig) -> float:
     PaLM (Chowdhery et al. 2022, appendix B).
 
     Each multiply-add is two operations, and the backward pass has twice those of the forward pass. Counted are the
-    matrices of all layers and the output layer; local attention, over half a segment on average; short
+    matrices of all layers and the output layer; local attention, over half a segment on average; the
     convolutions; and what the memory rule says of its write and read.
     """
     E, S = config.hidden_size, config.segment_length
@@ -18,5 +18,5 @@ def training_flops_per_token(config: InfiniGPTNeoConfig) -> float:
     windows = [config.window_size if kind == "local" else S for kind in config.attention_layers]
     attention = sum(2 * E * min(S, 2 * window) / 2 for window in windows)
     memory = config.num_layers * get_memory_rule(config.memory_rule).flops_per_token(config)
-    convolution = config.num_layers * 2 * E * config.short_conv  # of keys and values
+    convolution = E * (config.num_layers * 2 * config.short_conv + config.embed_conv)  # of keys and values; embeddings
     return 6.0 * (matrices + attention + memory + convolution)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from infini_ds.config.model_config import CONVOLUTIONS
 from infini_ds.config.recipe import Recipe
 from infini_ds.model import BlockSchedule, InfiniGPTNeoConfig, InfiniGPTNeoForCausalLM
 from infini_ds.utils.paths import check_can_compile_cpp
@@ -41,15 +42,16 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
 
 def _pretrained(folder: Path, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCausalLM:
     """Return the model of model.start_from. A rule that the recipe changes starts with parameters of its own, and
-    a short convolution that it adds starts as the identity.
+    a convolution that it adds starts as the identity.
     """
     name = f"model.start_from={folder}"
     given = read_config(folder, name)
     new = []
     if given.get("memory_rule", config.memory_rule) != config.memory_rule:
         new.append(r"\.memory_parameters\.")
-    if config.short_conv and not given.get("short_conv"):
-        new.append(r"\.short_conv\.")
+    for name in CONVOLUTIONS:
+        if getattr(config, name) and not given.get(name):
+            new.append(rf"\.{name}\.")
     may_lack = "|".join(new) or None
     model: InfiniGPTNeoForCausalLM = load_pretrained(InfiniGPTNeoForCausalLM, folder, name, config, may_lack)
     return model

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from infini_ds.config.model_config import CONVOLUTIONS
 from infini_ds.config.recipe import OptimizerSection
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.model.memory_rule import get_memory_rule
@@ -12,7 +13,7 @@ from infini_ds.model.memory_rule import get_memory_rule
 def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection) -> list[dict[str, Any]]:
     """Return the groups "decay", "no_decay" and "gates", in this order, and with Muon "muon" before them.
 
-    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases, norms and short
+    Matrices decay, the embeddings too, since the input embedding is the output layer's matrix. Biases, norms and
     convolutions do not decay. Gates do not decay either, and have their own learning rate. A memory rule names the
     group of its parameters. Muon trains the matrices of the layers; embeddings are not matrices to it, since a step
     changes few of their rows. A group may be empty, except that of Muon.
@@ -30,7 +31,7 @@ def parameter_groups(model: InfiniGPTNeoForCausalLM, optimizer: OptimizerSection
         if ".memory_parameters." in name:
             group: str = get_memory_rule(model.config.memory_rule).optimizer_group
         else:
-            decays = parameter.dim() >= 2 and ".short_conv." not in name
+            decays = parameter.dim() >= 2 and not any(f".{conv}." in name for conv in CONVOLUTIONS)
             group = "gates" if name.endswith(".beta") else "decay" if decays else "no_decay"
             if "muon" in groups and id(parameter) in matrices:
                 group = "muon"

@@ -47,20 +47,24 @@ def test_start_from_decides_the_shape(start):
     assert model_config(recipe(f"model.start_from={start}"), None).segment_length == 64
 
 
-def test_start_from_decides_a_short_convolution_that_it_has(start):
-    assert model_config(recipe(f"model.start_from={start}", "model.short_conv=3"), None).short_conv == 3
+@pytest.mark.parametrize("key", ["short_conv", "embed_conv"])
+def test_start_from_decides_a_convolution_that_it_has(start, key):
+    def width_of(*given: str) -> int:
+        return getattr(model_config(recipe(f"model.start_from={start}", *given), None), key)
+
+    assert width_of(f"model.{key}=3") == 3
     config = json.loads((start / "config.json").read_text())
     for width in (0, None):  # None: of a version that did not have it
-        (start / "config.json").write_text(json.dumps(config | {"short_conv": width}))
+        (start / "config.json").write_text(json.dumps(config | {key: width}))
         if width is None:
-            (start / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "short_conv"}))
-        assert model_config(recipe(f"model.start_from={start}", "model.short_conv=2"), None).short_conv == 2
-    (start / "config.json").write_text(json.dumps(config | {"short_conv": 2}))
-    for given in ((), ("model.short_conv=2",)):
-        assert model_config(recipe(f"model.start_from={start}", *given), None).short_conv == 2
+            (start / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        assert width_of(f"model.{key}=2") == 2
+    (start / "config.json").write_text(json.dumps(config | {key: 2}))
+    for given in ((), (f"model.{key}=2",)):
+        assert width_of(*given) == 2
     for width in (0, 3):
-        with pytest.raises(UserError, match=rf"model.short_conv={width} is decided by the weights.*width 2: leave it"):
-            model_config(recipe(f"model.start_from={start}", f"model.short_conv={width}"), None)
+        with pytest.raises(UserError, match=rf"model.{key}={width} is decided by the weights.*width 2: leave it"):
+            width_of(f"model.{key}={width}")
 
 
 def test_block_schedule():
@@ -75,6 +79,7 @@ def test_block_schedule():
         (["model.preset=tinny"], ["model.preset='tinny'", "study-9m"]),
         (["model.memory_rule=deltoid"], ["model.memory_rule=", "deltoid", "delta"]),
         (["model.short_conv=1"], ["model.short_conv=1 is no width", "give 2"]),
+        (["model.embed_conv=1"], ["model.embed_conv=1 is no width", "give 2"]),
         (["model.segment_length=1024"], ["model.segment_length=1024", "max_position_embeddings"]),
         (
             ["model.config.hiden_size=4"],

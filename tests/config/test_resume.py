@@ -20,7 +20,7 @@ CHANGES = {
     "optimizer.eps": 1, "optimizer.gradient_clipping": 0, "optimizer.kind": "muon", "optimizer.muon_momentum": 0,
     "optimizer.muon_learning_rate": 1, "model.preset": "33m", "model.start_from": "x",
     "model.segment_length": 32, "model.memory_rule": "delta", "model.position_embedding": "rotary",
-    "model.gate_init": 1, "model.short_conv": 2, "model.truncate_blocks": 1,
+    "model.gate_init": 1, "model.short_conv": 2, "model.embed_conv": 2, "model.truncate_blocks": 1,
 }  # fmt: skip
 OTHER = {
     "name": "x", "output": "x", "steps": 2000, "deepspeed": "auto", "resume": "false", "log_every": 1,

@@ -51,15 +51,15 @@ def test_the_tests_run_with_the_version_that_was_asked_for():
     assert transformers.__version__ == os.environ.get("TESTED_TRANSFORMERS", transformers.__version__)
 
 
-@pytest.mark.parametrize("short_conv", [0, 2])
-def test_an_export_generates_with_its_cache_in_a_process_of_its_own(short_conv, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"short_conv": 2, "embed_conv": 6}], ids=["plain", "convolutions"])
+def test_an_export_generates_with_its_cache_in_a_process_of_its_own(fields, tmp_path):
     letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrs"[: TINY["vocab_size"]])}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="a", model_input_names=["input_ids", "attention_mask"]
     ).save_pretrained(tmp_path / "tokenizer")
-    model = writer(dtype=torch.float32, short_conv=short_conv)
+    model = writer(dtype=torch.float32, **fields)
     write_folder(model, tmp_path / "tokenizer", tmp_path / "folder", "A card.\n")
     run_alone(PROGRAM, tmp_path / "folder", tmp_path / "out.pt", ROOT, cwd=tmp_path, cache=tmp_path / "cache")
     alone = torch.load(tmp_path / "out.pt")

@@ -77,9 +77,9 @@ def block_tokens(model: InfiniGPTNeoForCausalLM, monkeypatch: pytest.MonkeyPatch
     """Return a list to which each block that the model computes from now on adds its number of tokens in a row."""
     computed, block = [], model.transformer.forward_block
 
-    def counted(ids, *args):
-        computed.append(ids.shape[1])
-        return block(ids, *args)
+    def counted(embeds, *args):
+        computed.append(embeds.shape[1])
+        return block(embeds, *args)
 
     monkeypatch.setattr(model.transformer, "forward_block", counted)
     return computed

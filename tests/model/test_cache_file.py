@@ -56,7 +56,9 @@ def read(model, ids, cache=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("fields", [{}, {"position_embedding": "rotary"}, {"short_conv": 3}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"position_embedding": "rotary"}, {"short_conv": 3}, {"embed_conv": 6}], ids=str
+)
 def test_continuing_from_a_file_is_never_having_stopped(rule, dtype, fields, tmp_path):
     """To the last bit, with rows of different lengths and documents; and it is what one forward pass gives."""
     model = tiny_model(dtype=dtype, memory_rule=rule, **fields)
@@ -144,6 +146,7 @@ def test_the_cache_of_another_model_is_refused(tmp_path):
         (tiny_model(seed=1), "other weights than this one's (another model, or another step of its training)"),
         (tiny_model(memory_rule="delta"), "memory_rule=linear, and this model has memory_rule=delta"),
         (tiny_model(short_conv=2), "short_conv=0, and this model has short_conv=2"),
+        (tiny_model(embed_conv=2), "embed_conv=0, and this model has embed_conv=2"),
         (tiny_model(segment_length=S + 1), f"segment_length={S}, and this model has segment_length={S + 1}"),
         (tiny_model(layer_norm_epsilon=1e-3), "layer_norm_epsilon=1e-05, and this model has layer_norm_epsilon=0.001"),
         (tiny_model(window_size=2), "window_size=3, and this model has window_size=2"),

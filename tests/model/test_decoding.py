@@ -23,6 +23,7 @@ KINDS = [
     {"position_embedding": "rotary"},
     {"position_embedding": "segment", "short_conv": 2},
     {"position_embedding": "rotary", "short_conv": 3},
+    {"position_embedding": "segment", "embed_conv": 6},
 ]
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -45,9 +46,9 @@ def computed(monkeypatch):
     calls = []
     forward_block = base_model.InfiniGPTNeoModel.forward_block
 
-    def spy(model, ids, states, grid, *args):
-        calls.append((type(grid), *ids.shape))
-        return forward_block(model, ids, states, grid, *args)
+    def spy(model, embeds, states, grid, *args):
+        calls.append((type(grid), *embeds.shape[:2]))
+        return forward_block(model, embeds, states, grid, *args)
 
     monkeypatch.setattr(base_model.InfiniGPTNeoModel, "forward_block", spy)
     return calls

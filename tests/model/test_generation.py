@@ -149,7 +149,7 @@ def test_each_step_computes_one_token(monkeypatch):
     model, widths = writer(), []
     block = model.transformer.forward_block
     monkeypatch.setattr(
-        model.transformer, "forward_block", lambda ids, *args: (widths.append(tuple(ids.shape)), block(ids, *args))[1]
+        model.transformer, "forward_block", lambda x, *args: (widths.append(tuple(x.shape[:2])), block(x, *args))[1]
     )
     generate(model, random_ids(2, 2 * S), new_tokens=30)
     assert widths == [(2, 2 * S)] + [(2, 1)] * 29

@@ -25,6 +25,14 @@ def test_a_short_convolution_is_counted():
     assert convolved - plain == 6 * (2 * 2 * 3 * 8)  # two layers, keys and values, three taps, eight channels
 
 
+def test_a_convolution_of_embeddings_is_counted_once():
+    plain, convolved = (
+        training_flops_per_token(preset_config("tiny", hidden_size=8, num_layers=2, num_heads=2, embed_conv=width))
+        for width in (0, 3)
+    )
+    assert convolved - plain == 6 * 3 * 8  # three taps, eight channels
+
+
 def test_a_window_is_counted_instead_of_the_segment():
     wide, narrow = (
         training_flops_per_token(preset_config("tiny", segment_length=512, window_size=window)) for window in (256, 128)

@@ -108,6 +108,8 @@ CHANGES = {
     "two chunks, bf16": {"rows": 2, "tokens": 768, "precision": "bf16", "config": tiny(vocab_size=8192)},
     "short convolution": {"segments_per_block": 4, "packed": True, "config": tiny(short_conv=2)},
     "short convolution, activations kept": {"checkpointing": False, "config": tiny(short_conv=4)},
+    "convolution of embeddings": {"segments_per_block": 4, "packed": True, "config": tiny(embed_conv=8)},
+    "convolution of embeddings, activations kept": {"checkpointing": False, "config": tiny(embed_conv=4)},
     # A rule that these tests add, of which no file of the project knows.
     "gated decay": {"segments_per_block": 4, "config": tiny(memory_rule="gated_decay")},
     "gated decay, documents": {"packed": True, "rows": 2, "config": tiny(memory_rule="gated_decay", num_layers=6)},

@@ -33,6 +33,7 @@ DEEP = {
     "rotary, gated decay": {"position_embedding": "rotary", "memory_rule": "gated_decay"},
     "dropout": {"resid_dropout": 0.1, "embed_dropout": 0.1, "attention_dropout": 0.1},
     "short convolution": {"short_conv": 2},
+    "convolution of embeddings": {"embed_conv": 8},
     "layers of one kind": {"attention_types": [[["global"], 6]]},
     "layers in threes": {"num_layers": 9, "attention_types": [[["local", "local", "global"], 3]]},
 }
@@ -72,6 +73,8 @@ BLOCKS = {
     "delta rule": {"tokens": 32 * 9 + 5, "memory_rule": "delta", "rows": 3},
     "activations kept": {"tokens": 32 * 13 + 5, "checkpointing": False},
     "activations kept, short convolution": {"tokens": 32 * 13 + 5, "checkpointing": False, "short_conv": 3},
+    "convolution of embeddings": {"tokens": 32 * 9 + 5, "embed_conv": 8},
+    "activations kept, convolution of embeddings": {"tokens": 32 * 13 + 5, "checkpointing": False, "embed_conv": 3},
     "activations kept, gated decay": {"tokens": 32 * 13 + 5, "checkpointing": False, "memory_rule": "gated_decay"},
 }
 

@@ -42,11 +42,14 @@ def reference_forward(
         columns = [t for t in range(T) if valid[b, t]]
         memories = [_empty_memory(config, weights) for _ in range(config.num_layers)]
         outputs = {}
+        row_documents = [int(documents[b, t]) for t in columns]
+        embeddings = [weights["transformer.wte.weight"][int(input_ids[b, t])] for t in columns]
+        if config.embed_conv:  # across the ends of segments
+            embeddings = _short_convolution(weights["transformer.embed_conv.weight"], embeddings, row_documents)
         for start in range(0, len(columns), config.segment_length):
-            segment = columns[start : start + config.segment_length]
-            ids = [int(input_ids[b, t]) for t in segment]
-            docs = [int(documents[b, t]) for t in segment]
-            outputs |= zip(segment, _segment(config, weights, ids, docs, memories, use_memory), strict=True)
+            span = slice(start, start + config.segment_length)
+            computed = _segment(config, weights, embeddings[span], row_documents[span], memories, use_memory)
+            outputs |= zip(columns[span], computed, strict=True)
         zero = weights["transformer.wte.weight"].new_zeros(config.vocab_size)
         logits.append(torch.stack([outputs.get(t, zero) for t in range(T)]))
         final.append(memories)
@@ -64,15 +67,14 @@ def _empty_memory(config: InfiniGPTNeoConfig, weights: dict[str, Tensor]) -> Mem
 def _segment(
     config: InfiniGPTNeoConfig,
     weights: dict[str, Tensor],
-    ids: list[int],
+    embeddings: list[Tensor],
     documents: list[int],
     memories: list[Memory],
     use_memory: bool,
 ) -> list[Tensor]:
     """Return the logits of each token of one segment, and update `memories` to the state after it."""
     x = []
-    for position, token in enumerate(ids):
-        embedding = weights["transformer.wte.weight"][token]
+    for position, embedding in enumerate(embeddings):
         if config.position_embedding == "segment":
             embedding = embedding + weights["transformer.wpe.weight"][position]
         x.append(embedding)
@@ -82,7 +84,7 @@ def _segment(
             for name, value in weights.items()
             if name.startswith(f"transformer.h.{layer}.")
         }
-        window = config.window_size if kind == "local" else len(ids)
+        window = config.window_size if kind == "local" else len(embeddings)
         attended = _attention(config, w, x, documents, window, memories[layer], use_memory)
         x = [token + a for token, a in zip(x, attended, strict=True)]
         x = [token + _mlp(config, w, token) for token in x]
@@ -148,7 +150,7 @@ def _attention(
 
 
 def _short_convolution(weight: Tensor, x: list[Tensor], documents: list[int]) -> list[Tensor]:
-    """Return for each token of a segment the sum of weight[j] * x[t - j] over tokens of its document."""
+    """Return for each token the sum of weight[j] * x[t - j] over tokens of its document."""
     result = []
     for t in range(len(x)):
         taps = [j for j in range(len(weight)) if t - j >= 0 and documents[t - j] == documents[t]]

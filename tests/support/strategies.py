@@ -32,6 +32,7 @@ def batches(draw, max_segments: int = 4, rules: tuple[str, ...] = RULES):
         memory_rule=draw(st.sampled_from(rules)),
         window_size=draw(st.integers(1, 7)),
         short_conv=draw(st.sampled_from([0, 2, 3])),
+        embed_conv=draw(st.sampled_from([0, 0, 2, 5])),
         num_layers=len(kinds),
         attention_types=[[kinds, 1]],
     )
@@ -58,6 +59,7 @@ def texts_in_pieces(draw, rules: tuple[str, ...] = RULES):
         memory_rule=draw(st.sampled_from(rules)),
         window_size=draw(st.integers(1, 7)),
         short_conv=draw(st.sampled_from([0, 2, 3])),
+        embed_conv=draw(st.sampled_from([0, 0, 2, 5])),
     )
     return model, random_ids(B, T, seed), mask, documents, pieces
 

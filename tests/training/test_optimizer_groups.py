@@ -21,11 +21,11 @@ def test_every_parameter_is_in_one_group():
     assert settings == {"decay": (1e-3, 0.1), "no_decay": (1e-3, 0.0), "gates": (1e-2, 0.0)}
 
 
-def test_a_short_convolution_has_no_weight_decay():
-    model = tiny_model(short_conv=2)
+def test_convolutions_have_no_weight_decay():
+    model = tiny_model(short_conv=2, embed_conv=3)
     groups = {group["name"]: group["params"] for group in parameter_groups(model, OptimizerSection(weight_decay=0.1))}
-    own = [parameter for name, parameter in model.named_parameters() if ".short_conv." in name]
-    assert len(own) == 2 * model.config.num_layers and all(parameter.dim() == 2 for parameter in own)
+    own = [parameter for name, parameter in model.named_parameters() if "_conv." in name]
+    assert len(own) == 2 * model.config.num_layers + 1 and all(parameter.dim() == 2 for parameter in own)
     assert all(any(parameter is other for other in groups["no_decay"]) for parameter in own)
 
 

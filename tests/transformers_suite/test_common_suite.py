@@ -28,6 +28,7 @@ FIELDS = {
     "max_position_embeddings": 64,
     "segment_length": 4,
     "short_conv": 2,
+    "embed_conv": 3,
     "bos_token_id": 98,
     "eos_token_id": 98,
     "pad_token_id": 98,

@@ -260,6 +260,14 @@ def test_a_short_convolution_that_a_recipe_adds_starts_as_the_identity(prefix, i
         assert torch.equal(after(ids).logits, before(ids).logits)
 
 
+def test_a_convolution_of_embeddings_that_a_recipe_adds_starts_as_the_identity(infini):
+    before, after = start_from(infini).eval(), start_from(infini, "model.embed_conv=4").eval()
+    assert torch.equal(after.transformer.embed_conv.weight, torch.eye(4)[0][:, None].expand(4, 16))
+    ids = torch.randint(2, 32, (2, 29), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(after(ids).logits, before(ids).logits)
+
+
 def test_weights_without_their_short_convolution_are_incomplete(tmp_path):
     config = InfiniGPTNeoConfig(**SHAPE, segment_length=8, short_conv=2)
     InfiniGPTNeoForCausalLM(config).save_pretrained(tmp_path / "complete")
@@ -272,15 +280,15 @@ def test_weights_without_their_short_convolution_are_incomplete(tmp_path):
             start_from(folder, *overrides)
 
 
-def test_gpt_neo_is_converted_with_a_short_convolution_that_changes_nothing(gpt_neo, tmp_path):
+def test_gpt_neo_is_converted_with_convolutions_that_change_nothing(gpt_neo, tmp_path):
     for name, width in (("with", 2), ("without", 0)):
-        from_gpt_neo(str(gpt_neo), tmp_path / name, 8, "closed", short_conv=width)
+        from_gpt_neo(str(gpt_neo), tmp_path / name, 8, "closed", short_conv=width, embed_conv=2 * width)
     models = [load_model(locate(tmp_path / name)) for name in ("with", "without")]
-    assert [model.config.short_conv for model in models] == [2, 0]
+    assert [(model.config.short_conv, model.config.embed_conv) for model in models] == [(2, 4), (0, 0)]
     ids = torch.randint(2, 32, (2, 29), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(*(model(ids).logits for model in models))
         theirs = GPTNeoForCausalLM.from_pretrained(gpt_neo).eval()(ids[:, :8]).logits
         assert torch.allclose(models[0](ids[:, :8]).logits, theirs, atol=1e-5)
     trained = start_from(tmp_path / "with")
-    assert trained.config.short_conv == 2
+    assert (trained.config.short_conv, trained.config.embed_conv) == (2, 4)
