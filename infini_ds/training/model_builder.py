@@ -49,9 +49,9 @@ def _pretrained(folder: Path, config: InfiniGPTNeoConfig) -> InfiniGPTNeoForCaus
     new = []
     if given.get("memory_rule", config.memory_rule) != config.memory_rule:
         new.append(r"\.memory_parameters\.")
-    for name in CONVOLUTIONS:
-        if getattr(config, name) and not given.get(name):
-            new.append(rf"\.{name}\.")
+    for key in CONVOLUTIONS:
+        if getattr(config, key) and not given.get(key):
+            new.append(rf"\.{key}\.")
     may_lack = "|".join(new) or None
     model: InfiniGPTNeoForCausalLM = load_pretrained(InfiniGPTNeoForCausalLM, folder, name, config, may_lack)
     return model

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).double()
 counts = []
-model.transformer.wte.register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].numel()))
+model.transformer.h[0].register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].shape[:2].numel()))
 inputs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("b c d e f g h i", return_tensors="pt")
 text = model.generate(**inputs, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
