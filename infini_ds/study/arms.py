@@ -57,13 +57,19 @@ def quarter(result: RunResult, number: int) -> float | None:
     return statistics.fmean(losses[number * size : (number + 1) * size]) if size else None
 
 
+def swapped_loss(result: RunResult) -> float | None:
+    """Return the loss with another document's memory; None where gates that stay closed never read any."""
+    swapped = result.last("position", "loss", OTHER)
+    return None if swapped == result.last("position", "loss") else swapped
+
+
 COLUMNS: dict[str, Callable[[RunResult], float | None]] = {
     "loss": lambda result: result.last("position", "loss"),
     "first quarter of the row": lambda result: quarter(result, 0),
     "last quarter": lambda result: quarter(result, 3),
     "new bigrams": lambda result: result.last("natural_recall", "loss/new"),
     "bigrams of earlier segments": lambda result: result.last("natural_recall", "loss/remembered"),
-    "loss with another document's memory": lambda result: result.last("position", "loss", OTHER),
+    "loss with another document's memory": swapped_loss,
 }
 
 

@@ -2,18 +2,23 @@
 
 import pytest
 
-from infini_ds.study.arms import arms_table, best_of_arms, by_distance, by_segment, plot_arms, quarter
+from infini_ds.study.arms import arms_table, best_of_arms, by_distance, by_segment, plot_arms, quarter, swapped_loss
 from infini_ds.study.results import Measurement, RunInfo, RunResult, group_by_cell
 
 
-def result(arm: str, seed: int, loss: float, learning_rate: str = "0.02", start_from: str = "") -> RunResult:
-    """A run over rows of 8 segments whose loss falls by 0.1 a segment, to `loss` in the last one."""
+def result(
+    arm: str, seed: int, loss: float, learning_rate: str = "0.02", start_from: str = "", swapped: float = 1.0
+) -> RunResult:
+    """A run over rows of 8 segments whose loss falls by 0.1 a segment, to `loss` in the last one.
+
+    swapped: how much more it is with the memory of another document.
+    """
     cell = f"{arm}-{learning_rate}"
     run = RunInfo(f"{cell}-seed{seed}", cell, arm, start_from, seed, 10, 128, 1024, "linear", "decayed")
     rows = [
         ("validation", "loss", "on", loss),
         ("position", "loss", "on", loss),
-        ("position", "loss", "other", loss + 1),
+        ("position", "loss", "other", loss + swapped),
     ]
     rows += [("position", f"loss/segment_{s}", "on", loss + 0.1 * (8 - s)) for s in range(1, 9)]
     rows += [("natural_recall", f"loss/{name}", "on", loss + i) for i, name in enumerate(("new", "remembered"))]
@@ -42,6 +47,11 @@ def test_the_best_cell_of_each_arm_is_compared():
     cells = group_by_cell(RESULTS)
     assert [cell.name for cell in best_of_arms(cells, 1024)] == ["local-0.02", "memory-0.02"]
     assert best_of_arms(cells, 512) == []
+
+
+def test_an_arm_that_never_reads_its_memory_has_no_loss_with_another_one():
+    closed, used = result("local", 0, 5.0, swapped=0.0), result("memory", 0, 4.6)
+    assert swapped_loss(closed) is None and swapped_loss(used) == 5.6
 
 
 def test_losses_by_segment_and_by_distance():
