@@ -14,7 +14,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,6 +42,14 @@ class Question:
     question: str
     answer: str
 
+
+# What can stand for each other in tasks 1 to 5: a story stays one if they change places.
+KINDS = (
+    frozenset({"Bill", "Daniel", "Fred", "Jeff", "John", "Mary", "Sandra"}),
+    frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}),
+    frozenset({"apple", "football", "milk"}),
+)
+NAME = re.compile(r"\w+")
 
 Story = list[Question]  # the questions of a story in order: the facts of each one begin with those of the one before
 
@@ -142,6 +150,19 @@ def most_frequent_answers(stories: list[Story]) -> dict[str, str]:
     return {text: min(answers, key=lambda answer: (-answers[answer], answer)) for text, answers in counts.items()}
 
 
+def shuffle_names(rng: random.Random, story: Story, known: Set[str]) -> Story:
+    """Return the story with other people, places and things: those that are `known` change places at random."""
+    new: dict[str, str] = {}
+    for kind in KINDS:
+        names = sorted(kind & known)
+        new |= zip(names, rng.sample(names, len(names)), strict=True)
+
+    def renamed(text: str) -> str:
+        return NAME.sub(lambda match: new.get(match[0], match[0]), text)
+
+    return [Question(tuple(map(renamed, q.facts)), renamed(q.question), renamed(q.answer)) for q in story]
+
+
 @dataclass(frozen=True)
 class BabiInText(InText):
     """What `--source babi:FOLDER,books=SOURCE,option=value,...` writes.
@@ -149,16 +170,20 @@ class BabiInText(InText):
     Attributes:
         tasks: numbers of bAbI's tasks, which take turns.
         questions: "last" asks one question of a story at the end, "all" asks each one where the story has it.
+        names: "given", or "shuffled": in each document the people, places and things of its task change places at
+            random, so that a story that comes again is another one.
     """
 
     name: ClassVar[str] = "babi"
 
     tasks: IntRange = ONE_TO_FIVE
     questions: str = "last"
+    names: str = "given"
 
     def check(self) -> None:
         super().check()
         check_choice("questions", self.questions, "last", "all")
+        check_choice("names", self.names, "given", "shuffled")
 
     def check_tasks(self, stories: dict[int, list[Story]]) -> None:
         """Raise a UserError if a task is not among those that were read."""
@@ -170,10 +195,13 @@ class BabiInText(InText):
     def write(self, stories: dict[int, list[Story]], haystack: Haystack) -> Iterator[Document]:
         """Yield the documents. Each depends on the seed and its number alone."""
         numbers = range(self.tasks.low, self.tasks.high + 1)
+        known = {task: _names(stories[task]) for task in numbers}
         for index in range(self.documents):
             rng = random.Random(f"babi {self.seed} {index}")
             task = numbers[index % len(numbers)]
             story = rng.choice(stories[task])
+            if self.names == "shuffled":
+                story = shuffle_names(rng, story, known[task])
             items: list[list[str]] = []
             answers: list[int] = []
             done = 0
@@ -184,6 +212,12 @@ class BabiInText(InText):
                 items.append([*words(f" {question.question}"), f" {question.answer}"])
                 answers += [*[0] * len(facts), 1]
             yield self.document(f"babi task {task} example {index}", rng, items, answers, haystack)
+
+
+def _names(stories: list[Story]) -> set[str]:
+    """Return the people, places and things of some stories."""
+    found = {word for story in stories for question in story for fact in question.facts for word in NAME.findall(fact)}
+    return found & frozenset().union(*KINDS)
 
 
 def parse_babi(argument: str) -> tuple[str, BabiInText]:

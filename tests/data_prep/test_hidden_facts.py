@@ -1,7 +1,9 @@
 """Facts in real text: sentences, exact lengths, order and depth; bAbI's files, and the source that is made of them."""
 
 import random
+import re
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from data_prep.documents import Document
 from data_prep.options import PrepareOptions
 from data_prep.prepare import prepare
 from data_prep.sources import read_documents
-from data_prep.synthetic.babi import Question, most_frequent_answers, read_babi
+from data_prep.synthetic.babi import Question, most_frequent_answers, read_babi, shuffle_names
 from data_prep.synthetic.haystack import Haystack, hide, hide_at_depth, sentences, words
 from infini_ds.data.sources import StreamSpec, open_sources
 from infini_ds.data.streams import ValidationRows
@@ -137,6 +139,7 @@ def test_the_most_frequent_answer_of_each_question(babi):
         ("{babi}/plain,books=stdlib", "tasks=1-5: there is no file of task 3, but of 1, 2"),
         ("{babi}/plain,books=stdlib,task=1", "babi has no option 'task': did you mean tasks?"),
         ("{babi}/plain,books=stdlib,tasks=1,questions=first", "questions=first: choose last, all"),
+        ("{babi}/plain,books=stdlib,tasks=1,names=new", "names=new: choose given, shuffled"),
         ("{babi}/plain,books=text:{babi}/nowhere,tasks=1", "no such folder"),
         ("{babi}/plain,books={babi}/split,tasks=1", "write it as text:{babi}/split"),
         ("{babi},books=stdlib,tasks=1", "task 1 is in"),
@@ -208,6 +211,32 @@ def test_documents_of_the_source(babi, questions, tmp_path):
         for (begin, _), answer in zip(document.answers, answers, strict=True):
             assert text[:begin].endswith("?") and answer.strip() in ("garden", "bathroom", "office")
     assert numbers == ({1} if questions == "last" else {1, 2})
+
+
+def test_shuffled_names_keep_the_story(tmp_path):
+    """Answers stay those that the facts give, and only names of the task's own files occur, all equally often."""
+    (tmp_path / "qa1.txt").write_text(STORY)
+    spec = f"babi:{tmp_path},books=stdlib,tasks=1,words=5,questions=all,names=shuffled,documents=300"
+    texts = [document.text for document in read_documents(PrepareOptions(source=spec, out="none").training)]
+    assert 50 < len(set(texts)) <= 2 * 4 * 3 * 2 + 2 * 4
+    answers = Counter()
+    for text in texts:
+        moved = dict(re.findall(r"(\w+) (?:moved|went) to the (\w+)\.", text))
+        for match in re.finditer(r"Where is (\w+)\? (\w+)", text):
+            before = dict(re.findall(r"(\w+) (?:moved|went) to the (\w+)\.", text[: match.start()]))
+            assert before[match[1]] == match[2]
+            answers[match[2]] += 1
+        assert moved.keys() <= {"Mary", "John"} and set(moved.values()) <= {"bathroom", "hallway", "garden", "office"}
+    assert len(answers) == 4 and max(answers.values()) < 1.5 * min(answers.values())
+
+
+def test_a_shuffled_story_of_every_kind():
+    story = [Question(("Fred gave the milk to Bill.",), "Who received the milk?", "Bill")]
+    known = {"Fred", "Bill", "milk", "apple", "Jeff"}
+    shuffled = {str(shuffle_names(random.Random(seed), story, known)) for seed in range(200)}
+    assert len(shuffled) == 3 * 2 * 2  # givers, receivers, things
+    assert all(("Mary" not in text) and ("football" not in text) for text in shuffled)
+    assert shuffle_names(random.Random(0), story, set()) == story
 
 
 def test_rows_have_the_loss_over_answers(babi, tmp_path):
