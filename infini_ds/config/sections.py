@@ -40,8 +40,8 @@ class ModelSection(Section):
     segment_length: int | None = key(None, "tokens of a segment; null: 128, or as in the folder of start_from", ge=1)
     memory_rule: str | None = key(
         None,
-        "how a segment is written to the memory: linear, softmax, delta, delta_paper; null: linear, or as in "
-        "start_from",
+        "how a segment is written to the memory: linear, softmax, delta, delta_paper, gated_delta; null: linear, or as "
+        "in start_from",
     )
     position_embedding: Literal["segment", "rotary"] | None = key(
         None, "positions counted from the start of the segment, or rotary ones; null: segment, or as in start_from"

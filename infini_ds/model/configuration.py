@@ -15,6 +15,7 @@ from .memory_rule import get_memory_rule
 # isort: split
 # Each memory rule registers itself when its file is imported.
 from .delta_rule import DeltaRule  # noqa: F401
+from .gated_delta_rule import GatedDeltaRule  # noqa: F401
 from .linear_rule import LinearRule  # noqa: F401
 from .softmax_rule import SoftmaxRule  # noqa: F401
 
@@ -36,7 +37,8 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         memory_rule: name of a registered `MemoryRule`, which writes and reads the memory: "linear" (Munkhdalai et al.
             2024, eq. 4), "softmax" (eq. 4 with features that are a softmax of scaled keys and queries, which keep facts
             apart from other text however long it is), "delta" (eq. 5, normalized so that it stays bounded whatever the
-            lengths of segments), "delta_paper" (eq. 5 as published).
+            lengths of segments), "delta_paper" (eq. 5 as published), "gated_delta" (each token replaces what the memory
+            holds for its key, with a learned strength, so that the last of several facts counts).
         position_embedding: "segment": GPT-Neo's learned positions, counted from the start of each segment; "rotary":
             rotary positions in local attention, none in the memory.
         gate_init: initial value of each head's gate beta; sigmoid(beta) is the weight of the memory in its output.

@@ -47,7 +47,7 @@ class DeltaRule(AssociativeRule):
         updates = segment_updates(phi_k, v)
         z, z_after = prefix_sums(state.z, updates.z, memory_document)
         A = self._removals(phi_k, z, z_after)
-        M, M_after = _recur(state.M.to(z.dtype), A, updates.M, memory_document)
+        M, M_after = recur(state.M.to(z.dtype), A, updates.M, memory_document)
         return MemoryState(M, z), MemoryState(M_after, z_after)
 
     def write_divided(
@@ -60,23 +60,13 @@ class DeltaRule(AssociativeRule):
         parameters: Mapping[str, Tensor],
         group: SequenceGroup,
     ) -> tuple[MemoryState, MemoryState]:
-        """As `write`. A span takes M to P M + Q, whatever M is; P and Q are exchanged once z is known."""
+        """As `write`. What a span does to M is exchanged once z is known."""
         phi_k = self.key_features(k, write_mask, parameters)
         updates = segment_updates(phi_k, v)
         ((z, z_span),), (z_after,) = group.prefix_sums((state.z,), (updates.z,), memory_document)
         A = self._removals(phi_k, z, z_span)
-        D, own = k.shape[-1], group.of_span(memory_document)
-        identity = torch.eye(D, dtype=z.dtype, device=z.device).expand_as(state.M)
-        # [P, Q] up to each segment of the span, (B, n, H, D, 2 D), and of the span, (B, H, D, 2 D)
-        PQ, PQ_span = _recur(F.pad(identity, (0, D)), A, F.pad(updates.M, (D, 0)), own)
-
-        def compose(memory: tuple[Tensor], span: tuple[Tensor, ...]) -> tuple[Tensor]:
-            P, Q = span[0].split(D, dim=-1)
-            return (P @ memory[0] + Q,)
-
-        (M_span,), (M_after,) = group.scan(compose, (state.M.to(z.dtype),), (PQ_span,))
-        P, Q = PQ.split(D, dim=-1)  # (B, n, H, D, D)
-        return MemoryState(P @ M_span[:, None] + Q, z), MemoryState(M_after, z_after)
+        M, M_after = compose_spans(state.M.to(z.dtype), A, updates.M, memory_document, group)
+        return MemoryState(M, z), MemoryState(M_after, z_after)
 
     def _removals(self, phi_k: Tensor, z: Tensor, z_after: Tensor) -> Tensor:
         """Return A_s of each segment, (B, N, H, D, D).
@@ -96,7 +86,33 @@ class DeltaRule(AssociativeRule):
         return super().flops_per_token(config) + correction
 
 
-def _recur(X: Tensor, A: Tensor, added: Tensor, memory_document: Tensor | None) -> tuple[Tensor, Tensor]:
+def compose_spans(
+    M: Tensor, A: Tensor, added: Tensor, memory_document: Tensor | None, group: SequenceGroup
+) -> tuple[Tensor, Tensor]:
+    """Return what `recur` returns, for a block that is divided over `group`: M before each segment of this rank's span,
+    and after the block.
+
+    A span takes M to P M + Q, whatever M is, and the ranks exchange P and Q.
+
+    Args:
+        M: (B, H, D, D) before the block; A, added: (B, n, H, D, D) of this rank's segments.
+        memory_document: (B, K n + 1), of the segments of all ranks.
+    """
+    D = M.shape[-1]
+    identity = torch.eye(D, dtype=M.dtype, device=M.device).expand_as(M)
+    # [P, Q] up to each segment of the span, (B, n, H, D, 2 D), and of the span, (B, H, D, 2 D)
+    PQ, PQ_span = recur(F.pad(identity, (0, D)), A, F.pad(added, (D, 0)), group.of_span(memory_document))
+
+    def compose(memory: tuple[Tensor], span: tuple[Tensor, ...]) -> tuple[Tensor]:
+        P, Q = span[0].split(D, dim=-1)
+        return (P @ memory[0] + Q,)
+
+    (M_span,), (M_after,) = group.scan(compose, (M,), (PQ_span,))
+    P, Q = PQ.split(D, dim=-1)  # (B, n, H, D, D)
+    return P @ M_span[:, None] + Q, M_after
+
+
+def recur(X: Tensor, A: Tensor, added: Tensor, memory_document: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return X_s = (I - A_s) X_{s-1} + added_s before each of N segments, (B, N, H, D, C), and after the last one.
 
     Args:

@@ -40,7 +40,7 @@ class TwoSums(MemoryRule[tuple]):
         return 0.0
 
 
-@pytest.fixture(params=["linear", "softmax", "delta", "delta_paper", "gated_decay", "two_sums"])
+@pytest.fixture(params=["linear", "softmax", "delta", "delta_paper", "gated_delta", "gated_decay", "two_sums"])
 def rule(request):
     """The name of a memory rule, two of them registered from outside."""
     added = {"gated_decay": GatedDecay, "two_sums": TwoSums}.get(request.param)

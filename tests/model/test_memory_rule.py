@@ -206,5 +206,6 @@ def test_a_name_belongs_to_one_class():
 
 
 def test_an_unknown_rule_is_rejected_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"memory_rule='hebb' is not one of .*delta, .*gated_decay, linear, softmax"):
+    known = "delta, .*gated_decay, gated_delta, linear, softmax"
+    with pytest.raises(ValueError, match=rf"memory_rule='hebb' is not one of .*{known}"):
         InfiniGPTNeoConfig(**TINY, memory_rule="hebb")

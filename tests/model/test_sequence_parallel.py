@@ -11,7 +11,7 @@ import pytest
 from divided_rows import CHECKS, LENGTHS, Case
 from harness import ROOT, start_ranks
 
-RULES = ("linear", "softmax", "delta", "delta_paper", "gated_decay")
+RULES = ("linear", "softmax", "delta", "delta_paper", "gated_delta", "gated_decay")
 ROWS = ("plain", "packed", "padded", "both")
 SCHEDULES = list(product((1, 3, None), ("no", "blocks", "all")))
 # Every rule with every length and kind of row; each of these with one of the nine schedules in turn.

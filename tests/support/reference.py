@@ -127,7 +127,8 @@ def _attention(
             result = sum(weight * v[j] for weight, j in zip(weights, visible, strict=True))
             if use_memory and memory.document == documents[i]:
                 phi_q = features(q[i], parameters, h)
-                retrieved = (phi_q @ memory.M[h]) / (phi_q @ memory.z[h])
+                norm = 1 if config.memory_rule in WITHOUT_Z else phi_q @ memory.z[h]
+                retrieved = (phi_q @ memory.M[h]) / norm
                 result = gate * retrieved + (1 - gate) * result
             tokens.append(result)
         out.append(tokens)
@@ -141,7 +142,9 @@ def _attention(
     rule = REFERENCE_RULES[config.memory_rule]
     for h in range(H):
         written = [
-            (features(heads["k"][h][i], parameters, h), heads["v"][h][i]) for i in range(len(x)) if documents[i] == last
+            (features(heads["k"][h][i], parameters, h), heads["v"][h][i], heads["k"][h][i])
+            for i in range(len(x))
+            if documents[i] == last
         ]
         memory.M[h], memory.z[h] = rule(memory.M[h], memory.z[h], written, parameters, h)
 
@@ -159,12 +162,13 @@ def _short_convolution(weight: Tensor, x: list[Tensor], documents: list[int]) ->
 
 
 PARAMETERS = "attn.attention.memory_parameters."
-Written = list[tuple[Tensor, Tensor]]  # phi(k) and v of each token
+Written = list[tuple[Tensor, Tensor, Tensor]]  # phi(k), v and k of each token
+WITHOUT_Z = {"gated_delta"}  # rules whose reads are not normalized
 Write = Callable[[Tensor, Tensor, Written, dict[str, Tensor], int], tuple[Tensor, Tensor]]
 
 
 def _write_linear(M: Tensor, z: Tensor, written: Written, parameters: dict, h: int) -> tuple[Tensor, Tensor]:
-    for phi_k, v in written:
+    for phi_k, v, _ in written:
         M, z = M + torch.outer(phi_k, v), z + phi_k
     return M, z
 
@@ -172,13 +176,20 @@ def _write_linear(M: Tensor, z: Tensor, written: Written, parameters: dict, h: i
 def _write_delta(
     M: Tensor, z: Tensor, written: Written, parameters: dict, h: int, bounded: bool
 ) -> tuple[Tensor, Tensor]:
-    before, z_after = M, z + sum(phi_k for phi_k, _ in written)
+    before, z_after = M, z + sum(phi_k for phi_k, _, _ in written)
     norm = z_after if bounded else z
-    for phi_k, v in written:
+    for phi_k, v, _ in written:
         if phi_k @ norm > 0:
             v = v - phi_k @ before / (phi_k @ norm)
         M = M + torch.outer(phi_k, v)
     return M, z_after
+
+
+def _write_gated_delta(M: Tensor, z: Tensor, written: Written, parameters: dict, h: int) -> tuple[Tensor, Tensor]:
+    for phi_k, v, k in written:
+        strength = 1 / (1 + torch.exp(-(parameters["strength"][h] @ k + parameters["strength_bias"][h])))
+        M = M + strength * torch.outer(phi_k, v - phi_k @ M)
+    return M, z
 
 
 # (M, z, written tokens, the rule's parameters, head) -> M and z of one head after a segment. Tests may add a rule.
@@ -187,6 +198,7 @@ REFERENCE_RULES: dict[str, Write] = {
     "softmax": _write_linear,
     "delta": partial(_write_delta, bounded=True),
     "delta_paper": partial(_write_delta, bounded=False),
+    "gated_delta": _write_gated_delta,
 }
 
 
@@ -199,7 +211,13 @@ def _softmax(x: Tensor, parameters: dict, h: int) -> Tensor:
     return powers / powers.sum()
 
 
-REFERENCE_FEATURES = {"softmax": _softmax}  # (x, the rule's parameters, head) -> phi(x), where it is not ELU(x) + 1
+def _unit_softmax(x: Tensor, parameters: dict, h: int) -> Tensor:
+    phi = _softmax(x, parameters, h)
+    return phi / torch.sqrt((phi * phi).sum())
+
+
+# (x, the rule's parameters, head) -> phi(x), where it is not ELU(x) + 1
+REFERENCE_FEATURES = {"softmax": _softmax, "gated_delta": _unit_softmax}
 
 
 def _rotated(config: InfiniGPTNeoConfig, x: Tensor, position: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from reference import random_ids, tiny_model
 
-RULES = ("linear", "softmax", "delta", "delta_paper")
+RULES = ("linear", "softmax", "delta", "delta_paper", "gated_delta")
 
 
 @st.composite
