@@ -37,7 +37,7 @@ def from_gpt_neo(
             identity; 0 for none.
     Raises:
         UserError: the model cannot be read or is incomplete, is not a GPT-Neo, has fewer positions than
-            `segment_length`, or a convolution's width is none.
+            `segment_length`, or a width is not possible.
     """
     given = f"--from-gpt-neo {name}"
     if Path(name, "config.json").is_file():

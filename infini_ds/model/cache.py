@@ -96,8 +96,8 @@ class InfiniCache(Cache):
         layer_caches: one `LayerCache` a layer.
         open_documents: (B, S) the document of each slot of the open segment, NO_DOCUMENT after its last token.
         memory_document: (B,) the document in the memory, NO_DOCUMENT while nothing has been written.
-        last_embeds: (B, embed_conv - 1, E) of the last tokens, before the convolution; 0 where there is none of the
-            last document, and without columns if there is no convolution of embeddings.
+        last_embeds: (B, embed_conv - 1, E) of the last tokens of the last document, before the convolution; 0 where
+            it has fewer. (B, 0, E) without a convolution of embeddings.
         columns: number of columns of `input_ids` processed so far, padding included.
         packed: the open segments may hold several documents.
         fingerprint: what decides the shapes and the meaning of the tensors, by name.
