@@ -31,6 +31,13 @@ FILE = re.compile(r"(?:^|/)qa(\d+)(?:_[^/]*)?\.txt$")
 SPLITS = {"train": ("train",), "evaluation": ("valid", "test")}  # words in the paths of their files
 ONE_TO_FIVE = IntRange(1, 5)
 LINE = re.compile(r"(\d+) (.*)")
+# What can stand for each other in tasks 1 to 5: a story stays one if they change places.
+KINDS = (
+    frozenset({"Bill", "Daniel", "Fred", "Jeff", "John", "Mary", "Sandra"}),
+    frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}),
+    frozenset({"apple", "football", "milk"}),
+)
+NAME = re.compile(r"\w+")
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # of a compressed archive that is cut off or changed
 
 
@@ -42,14 +49,6 @@ class Question:
     question: str
     answer: str
 
-
-# What can stand for each other in tasks 1 to 5: a story stays one if they change places.
-KINDS = (
-    frozenset({"Bill", "Daniel", "Fred", "Jeff", "John", "Mary", "Sandra"}),
-    frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}),
-    frozenset({"apple", "football", "milk"}),
-)
-NAME = re.compile(r"\w+")
 
 Story = list[Question]  # the questions of a story in order: the facts of each one begin with those of the one before
 

@@ -99,10 +99,8 @@ class InfiniGPTNeoPreTrainedModel(PreTrainedModel):
             embedding = cast(InfiniGPTNeoModel, self.base_model).wte
             if getattr(embedding.weight, "_is_hf_initialized", False):  # the other weights come from a file
                 module.start_as_identity()
-            elif isinstance(module, ShortConvolution):
-                module.start_even()
             else:
-                module.start_random()
+                module.start()
         # Of an InfiniAttention, which transformers 5 skips if `beta` is loaded.
         if isinstance(module, nn.ParameterDict):
             for name, initial in get_memory_rule(self.config.memory_rule).parameters(self.config).items():
@@ -152,8 +150,7 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "segment":
             self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        if config.embed_conv:
-            self.embed_conv = EmbeddingConvolution(config)
+        self.embed_conv = EmbeddingConvolution(config) if config.embed_conv else None
         self.drop = nn.Dropout(config.embed_dropout)
         self.h = nn.ModuleList(InfiniLayer(config, kind) for kind in config.attention_layers)
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -303,9 +300,8 @@ class InfiniGPTNeoModel(InfiniGPTNeoPreTrainedModel):
         if isinstance(grid, DecodingStep):
             return run_step(self, context, output, output_hidden_states)
 
-        convolution = self.embed_conv if self.config.embed_conv else None
         earlier = None if cache is None else cache.earlier_tokens()
-        rows = EmbeddedRows(self.wte, convolution, context.input_ids, context.inputs_embeds, grid, earlier)
+        rows = EmbeddedRows(self.wte, self.embed_conv, context.input_ids, context.inputs_embeds, grid, earlier)
         blocks = list(grid.split(schedule.block_segments(self.config.segment_length, self.training)))
         # An incremental call computes its input tokens, which with padding may be more than a segment.
         T = context.input_ids.shape[1]

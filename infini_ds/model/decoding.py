@@ -246,7 +246,7 @@ def run_step(
     assert isinstance(step, DecodingStep) and cache is not None
     layer_caches = cast(list[LayerCache | None], cache.layer_caches)
     embeds = model.wte(context.input_ids) if context.inputs_embeds is None else context.inputs_embeds
-    if model.config.embed_conv:
+    if model.embed_conv is not None:
         with_earlier = torch.cat([cache.last_embeds.to(embeds.dtype), embeds], dim=1)
         embeds = model.embed_conv(with_earlier)
         cache.last_embeds = with_earlier[:, step.T :].to(cache.last_embeds.dtype)

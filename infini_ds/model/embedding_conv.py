@@ -25,9 +25,9 @@ class EmbeddingConvolution(nn.Module):
     def __init__(self, config: InfiniGPTNeoConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.embed_conv, config.hidden_size))  # (w, E), c_0 first
-        self.start_random()
+        self.start()
 
-    def start_random(self) -> None:
+    def start(self) -> None:
         """Set c_0 to 1 and draw the others, so that a new model can tell where a token stands (docs/results.md)."""
         fill_taps(self.weight, 1.0, 0.0, std=len(self.weight) ** -0.5)
 

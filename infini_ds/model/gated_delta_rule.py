@@ -13,7 +13,6 @@ Shapes: B batch, H heads, N segments, S tokens in a segment, D head size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .delta_rule import compose_spans, recur
+from .memory import memory_dtype
 from .memory_rule import MemoryRule, register_memory_rule
 from .sequence_parallel import SequenceGroup
+from .softmax_rule import initial_log_scale, scaled_softmax
 
 if TYPE_CHECKING:
     from .configuration import InfiniGPTNeoConfig
-
-INITIAL_SCALE = 4.0
 
 
 class Associations(NamedTuple):
@@ -49,20 +48,18 @@ class GatedDeltaRule(MemoryRule[Associations]):
     def parameters(self, config: InfiniGPTNeoConfig) -> dict[str, nn.Parameter]:
         H, D = config.num_heads, config.head_dim
         return {
-            "log_scale": nn.Parameter(torch.full((H,), math.log(INITIAL_SCALE))),  # log s
+            "log_scale": initial_log_scale(config),  # log s
             "strength": nn.Parameter(torch.zeros(H, D)),  # w
             "strength_bias": nn.Parameter(torch.zeros(H)),  # c
         }
 
     def features(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return phi of keys or queries (B, N, H, S, D), of unit length, in fp32 or higher."""
-        x = x if x.dtype == torch.float64 else x.float()
-        scale = parameters["log_scale"].to(x.dtype).exp()[:, None, None]  # (H, 1, 1)
-        return F.normalize((scale * x).softmax(-1), dim=-1)
+        return F.normalize(scaled_softmax(x, parameters["log_scale"]), dim=-1)
 
     def strengths(self, k: Tensor, write_mask: Tensor | None, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return b (B, N, H, S, 1), 0 for tokens that are not written."""
-        k = k if k.dtype == torch.float64 else k.float()
+        k = k.to(memory_dtype(k.dtype))
         w, c = (parameters[name].to(k.dtype) for name in ("strength", "strength_bias"))
         b = torch.sigmoid((k * w[:, None]).sum(-1, keepdim=True) + c[:, None, None])
         return b if write_mask is None else b * write_mask[:, :, None, :, None]

@@ -23,9 +23,9 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.k = nn.Parameter(torch.empty(config.short_conv, config.hidden_size))  # (w, E), c_0 first
         self.v = nn.Parameter(torch.empty(config.short_conv, config.hidden_size))
-        self.start_even()
+        self.start()
 
-    def start_even(self) -> None:
+    def start(self) -> None:
         """Set all weights to 1 / w, with which a new model learns fastest (docs/recall.md)."""
         for weight in (self.k, self.v):
             fill_taps(weight, 1 / len(weight), 1 / len(weight))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear_rule import LinearRule
+from .memory import memory_dtype
 from .memory_rule import register_memory_rule
 
 if TYPE_CHECKING:
@@ -32,12 +33,21 @@ class SoftmaxRule(LinearRule):
     name = "softmax"
 
     def parameters(self, config: InfiniGPTNeoConfig) -> dict[str, nn.Parameter]:
-        return {"log_scale": nn.Parameter(torch.full((config.num_heads,), math.log(INITIAL_SCALE)))}
+        return {"log_scale": initial_log_scale(config)}
 
     def features(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        x = x if x.dtype == torch.float64 else x.float()
-        scale = parameters["log_scale"].to(x.dtype).exp()[:, None, None]  # (H, 1, 1)
-        return (scale * x).softmax(-1) + SMALLEST_FEATURE
+        return scaled_softmax(x, parameters["log_scale"]) + SMALLEST_FEATURE
+
+
+def initial_log_scale(config: InfiniGPTNeoConfig) -> nn.Parameter:
+    """Return log s of each head, (H,), of a new model."""
+    return nn.Parameter(torch.full((config.num_heads,), math.log(INITIAL_SCALE)))
+
+
+def scaled_softmax(x: Tensor, log_scale: Tensor) -> Tensor:
+    """Return softmax(s x) over the channels, in fp32 or higher; x: (B, N, H, S, D), log_scale: (H,)."""
+    x = x.to(memory_dtype(x.dtype))
+    return (log_scale.to(x.dtype).exp()[:, None, None] * x).softmax(-1)
 
 
 register_memory_rule(SoftmaxRule())

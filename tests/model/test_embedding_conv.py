@@ -1,7 +1,8 @@
 """The convolution of embeddings: against a loop over tokens, across segment ends, in blocks, and with a cache.
 
 That the complete model equals its reference in fp64, with documents and padding anywhere, is in test_model.py, and in
-pieces with a cache in test_generation.py and test_decoding.py, whose models have one in half of the cases.
+pieces with a cache in test_generation.py and test_decoding.py, whose models have one in half of the cases. What it
+shares with the short convolution, generate() for example, is in test_short_conv.py.
 """
 
 import json
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TINY, gradients, random_ids, tiny_model, writer
+from reference import TINY, gradients, random_ids, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -111,38 +112,6 @@ def test_it_is_saved_and_loaded_and_exports_of_earlier_versions_have_none(tmp_pa
         loaded = InfiniGPTNeoForCausalLM.from_pretrained(folder)
         assert loaded.config.embed_conv == width and (WEIGHT in loaded.state_dict()) == bool(width)
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize("width", [1, -2])
-def test_a_width_of_less_than_two_is_refused(width):
-    with pytest.raises(ValueError, match=rf"embed_conv={width} is no width of a convolution: give 2"):
-        InfiniGPTNeoConfig(embed_conv=width)
-
-
-@pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
-@pytest.mark.parametrize("length", [1, S - 1, S, S + 1, 5 * S])
-@pytest.mark.parametrize("width", [2, 2 * S + 1])
-def test_generation_with_a_cache_equals_complete_forward_passes(width, length, position_embedding):
-    model, text = writer(embed_conv=width, short_conv=2, position_embedding=position_embedding), random_ids(2, length)
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2 * S + 1}
-    got = model.generate(text, attention_mask=torch.ones_like(text), **options)
-    for _ in range(2 * S + 1):
-        text = torch.cat([text, model(text).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(got, text) and len(text.unique()) > 2
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
-def test_every_strategy_gives_the_same_with_a_cache(options):
-    """Rows are repeated, reordered and left padded at different lengths."""
-    model, ids = writer(embed_conv=6), random_ids(3, 9)
-    mask = torch.ones_like(ids)
-    mask[0, :6] = mask[1, :5] = 0
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 11} | options
-    texts = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        texts.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **options))
-    assert torch.equal(*texts)
 
 
 def test_embeddings_that_are_given_continue_in_a_cache():

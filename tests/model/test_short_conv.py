@@ -15,6 +15,7 @@ from infini_ds.model.short_conv import short_convolution
 
 exact = {"rtol": 1e-12, "atol": 1e-12}
 S = TINY["segment_length"]
+CONVOLUTIONS = [{"short_conv": 2}, {"short_conv": S + 1}, {"embed_conv": 2}, {"short_conv": 2, "embed_conv": 2 * S + 1}]
 K, V = (f"transformer.h.{{}}.attn.attention.short_conv.{name}" for name in ("k", "v"))
 
 
@@ -151,10 +152,11 @@ def test_an_export_of_an_earlier_version_has_none(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("name", ["short_conv", "embed_conv"])
 @pytest.mark.parametrize("width", [1, -2])
-def test_a_width_of_less_than_two_is_refused(width):
-    with pytest.raises(ValueError, match=rf"short_conv={width} is no width of a convolution: give 2"):
-        InfiniGPTNeoConfig(short_conv=width)
+def test_a_width_of_less_than_two_is_refused(width, name):
+    with pytest.raises(ValueError, match=rf"{name}={width} is no width of a convolution: give 2"):
+        InfiniGPTNeoConfig(**{name: width})
 
 
 @pytest.mark.parametrize(("width", "other"), [(0, 2), (2, 0), (2, 3)])
@@ -167,10 +169,10 @@ def test_the_cache_of_a_model_with_another_width_is_refused(width, other):
 
 @pytest.mark.parametrize("position_embedding", ["segment", "rotary"])
 @pytest.mark.parametrize("length", [1, S - 1, S, S + 1, 2 * S - 1, 5 * S])
-@pytest.mark.parametrize("width", [2, S + 1])
-def test_generation_with_a_cache_equals_complete_forward_passes(width, length, position_embedding):
+@pytest.mark.parametrize("fields", CONVOLUTIONS, ids=str)
+def test_generation_with_a_cache_equals_complete_forward_passes(fields, length, position_embedding):
     """Across the ends of segments. The open segment's first new token needs the cached one before it."""
-    model, text = writer(short_conv=width, position_embedding=position_embedding), random_ids(2, length)
+    model, text = writer(**fields, position_embedding=position_embedding), random_ids(2, length)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2 * S + 1}
     got = model.generate(text, attention_mask=torch.ones_like(text), **options)
     for _ in range(2 * S + 1):
@@ -178,10 +180,11 @@ def test_generation_with_a_cache_equals_complete_forward_passes(width, length, p
     assert torch.equal(got, text) and len(text.unique()) > 2
 
 
+@pytest.mark.parametrize("fields", [{"short_conv": 3}, {"embed_conv": 6}], ids=str)
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
-def test_every_strategy_gives_the_same_with_a_cache(options):
+def test_every_strategy_gives_the_same_with_a_cache(options, fields):
     """Rows are repeated, reordered and left padded at different lengths."""
-    model, ids = writer(short_conv=3), random_ids(3, 9)
+    model, ids = writer(**fields), random_ids(3, 9)
     mask = torch.ones_like(ids)
     mask[0, :6] = mask[1, :5] = 0
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 11} | options
