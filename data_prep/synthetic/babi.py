@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from data_prep.documents import Document
+from data_prep.synthetic.babi_world import QUESTIONS, World
 from data_prep.synthetic.examples import IntRange
 from data_prep.synthetic.haystack import Haystack, words
 from data_prep.synthetic.in_text import InText
@@ -167,8 +168,9 @@ class BabiInText(InText):
     """What `--source babi:FOLDER,books=SOURCE,option=value,...` writes.
 
     Attributes:
-        tasks: numbers of bAbI's tasks, which take turns.
-        questions: "last" asks one question of a story at the end, "all" asks each one where the story has it.
+        tasks: numbers of bAbI's tasks, drawn so that each has as many answers in all as every other.
+        questions: "last" asks one question of a story at the end, "all" asks each one where the story has it, "more"
+            asks one besides after each fact, if the facts so far answer one.
         names: "given", or "shuffled": in each document the people, places and things of its task change places at
             random, so that a story that comes again is another one.
     """
@@ -181,7 +183,7 @@ class BabiInText(InText):
 
     def check(self) -> None:
         super().check()
-        check_choice("questions", self.questions, "last", "all")
+        check_choice("questions", self.questions, "last", "all", "more")
         check_choice("names", self.names, "given", "shuffled")
 
     def check_tasks(self, stories: dict[int, list[Story]]) -> None:
@@ -190,27 +192,42 @@ class BabiInText(InText):
             if number not in stories:
                 known = ", ".join(map(str, sorted(stories)))
                 raise UserError(f"tasks={self.tasks}: there is no file of task {number}, but of {known}")
+            if self.questions == "more" and number not in QUESTIONS:
+                raise UserError(f"tasks={self.tasks},questions=more: for tasks 1 to 5 alone; use questions=all")
 
     def write(self, stories: dict[int, list[Story]], haystack: Haystack) -> Iterator[Document]:
         """Yield the documents. Each depends on the seed and its number alone."""
         numbers = range(self.tasks.low, self.tasks.high + 1)
         known = {task: _names(stories[task]) for task in numbers}
+        rng = random.Random(0)
+        weights = []  # the fewer answers a story of a task has, the more of its stories
+        for task in numbers:
+            asked = sum(answer != "" for story in stories[task] for _, answer in self._sentences(rng, task, story))
+            weights.append(len(stories[task]) / asked)
         for index in range(self.documents):
             rng = random.Random(f"babi {self.seed} {index}")
-            task = numbers[index % len(numbers)]
+            (task,) = rng.choices(numbers, weights)
             story = rng.choice(stories[task])
             if self.names == "shuffled":
                 story = shuffle_names(rng, story, known[task])
-            items: list[list[str]] = []
-            answers: list[int] = []
-            done = 0
-            for question in story if self.questions == "all" else [rng.choice(story)]:
-                facts = question.facts[done:]
-                done += len(facts)
-                items += [words(f" {fact}") for fact in facts]
-                items.append([*words(f" {question.question}"), f" {question.answer}"])
-                answers += [*[0] * len(facts), 1]
+            sentences = list(self._sentences(rng, task, story))
+            items = [words(f" {text}") + [f" {answer}"] * bool(answer) for text, answer in sentences]
+            answers = [int(bool(answer)) for _, answer in sentences]
             yield self.document(f"babi task {task} example {index}", rng, items, answers, haystack)
+
+    def _sentences(self, rng: random.Random, task: int, story: Story) -> Iterator[tuple[str, str]]:
+        """Yield the sentences of a document in order, each question with its answer, each fact with ""."""
+        world = World()
+        done = 0
+        for question in [rng.choice(story)] if self.questions == "last" else story:
+            for fact in question.facts[done:]:
+                yield fact, ""
+                if self.questions == "more":
+                    world.read(fact)
+                    if possible := world.answers(task):
+                        yield rng.choice(sorted(possible.items()))
+            done = len(question.facts)
+            yield question.question, question.answer
 
 
 def _names(stories: list[Story]) -> set[str]:

@@ -160,6 +160,7 @@ def test_mistakes_are_one_sentence(runs, exported, gpt_neo, tmp_path):
         ([runs / "one", "--gates", "zero"], "--gates zero has an effect only with --from-gpt-neo"),
         ([runs / "one", "--short-conv", "2"], "--short-conv 2 has an effect only with --from-gpt-neo"),
         (["--from-gpt-neo", gpt_neo, "--segment-length", "32", "--short-conv", "1"], "short_conv=1 is no width"),
+        (["--from-gpt-neo", gpt_neo, "--segment-length", "32", "--embed-conv", "1"], "embed_conv=1 is no width"),
     ):
         done = call_script("launch/convert.py", *arguments, "--out", tmp_path / "out", code=2)
         assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
