@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
 from data_prep.documents import Document
@@ -170,7 +171,7 @@ class BabiInText(InText):
     Attributes:
         tasks: numbers of bAbI's tasks, drawn so that each has as many answers in all as every other.
         questions: "last" asks one question of a story at the end, "all" asks each one where the story has it, "more"
-            asks one besides after each fact, if the facts so far answer one.
+            asks its last one, and between its facts others that they answer.
         names: "given", or "shuffled": in each document the people, places and things of its task change places at
             random, so that a story that comes again is another one.
     """
@@ -199,11 +200,7 @@ class BabiInText(InText):
         """Yield the documents. Each depends on the seed and its number alone."""
         numbers = range(self.tasks.low, self.tasks.high + 1)
         known = {task: _names(stories[task]) for task in numbers}
-        rng = random.Random(0)
-        weights = []  # the fewer answers a story of a task has, the more of its stories
-        for task in numbers:
-            asked = sum(answer != "" for story in stories[task] for _, answer in self._sentences(rng, task, story))
-            weights.append(len(stories[task]) / asked)
+        weights = [1 / self._answers_per_story(task, stories[task]) for task in numbers]
         for index in range(self.documents):
             rng = random.Random(f"babi {self.seed} {index}")
             (task,) = rng.choices(numbers, weights)
@@ -215,19 +212,39 @@ class BabiInText(InText):
             answers = [int(bool(answer)) for _, answer in sentences]
             yield self.document(f"babi task {task} example {index}", rng, items, answers, haystack)
 
+    def _answers_per_story(self, task: int, stories: list[Story]) -> float:
+        rng = random.Random(0)
+        drawn = (self._sentences(rng, task, story) for story in rng.choices(stories, k=1000))
+        return fmean(sum(answer != "" for _, answer in sentences) for sentences in drawn)
+
     def _sentences(self, rng: random.Random, task: int, story: Story) -> Iterator[tuple[str, str]]:
         """Yield the sentences of a document in order, each question with its answer, each fact with ""."""
-        world = World()
+        if self.questions == "more":
+            yield from _more_questions(rng, task, story)
+            return
         done = 0
         for question in [rng.choice(story)] if self.questions == "last" else story:
             for fact in question.facts[done:]:
                 yield fact, ""
-                if self.questions == "more":
-                    world.read(fact)
-                    if possible := world.answers(task):
-                        yield rng.choice(sorted(possible.items()))
             done = len(question.facts)
             yield question.question, question.answer
+
+
+def _more_questions(rng: random.Random, task: int, story: Story) -> Iterator[tuple[str, str]]:
+    """Yield the facts of a story, its last question, and between the facts others that they answer.
+
+    A question comes again once its answer is another one: so no answer can be copied from where it was asked last.
+    """
+    *_, last = story
+    world, asked = World(), {last.question: last.answer}
+    for fact in last.facts:
+        yield fact, ""
+        world.read(fact)
+        new = sorted(world.answers(task).items() - asked.items())
+        if new and rng.random() < 0.5:
+            question, asked[question] = pair = rng.choice(new)
+            yield pair
+    yield last.question, last.answer
 
 
 def _names(stories: list[Story]) -> set[str]:

@@ -11,9 +11,10 @@ from infini_ds.utils.errors import UserError
 
 STORIES = {
     1: "1 Mary moved to the bathroom.\n2 John went back to the hallway.\n3 Where is Mary? \tbathroom\t1\n",
-    2: "1 Mary went to the office.\n2 Mary took the milk there.\n3 Where is the milk? \toffice\t2 1\n",
+    2: "1 Mary went to the office.\n2 Mary took the milk there.\n3 Mary took the apple there.\n"
+    "4 Where is the milk? \toffice\t2 1\n",
     3: "1 John took the milk.\n2 John went to the office.\n3 John went to the garden.\n"
-    "4 Where was the milk before the garden? \toffice\t1 2 3\n",
+    "4 John went to the office.\n5 Where was the milk before the office? \tgarden\t1 2 3 4\n",
     4: "1 The office is north of the kitchen.\n2 What is north of the kitchen?\toffice\t1\n",
     5: "1 Mary gave the milk to Fred.\n2 Who received the milk? \tFred\t1\n",
 }
@@ -107,26 +108,29 @@ def documents(babi, options):
 
 @pytest.mark.parametrize("task", QUESTIONS)
 def test_more_questions_are_answered_by_the_facts_before_them(babi, task):
-    """After each fact one question, if there is any, with the answer that the facts before it give; and the story's."""
-    extra = set()
-    for document in documents(babi, f"tasks={task},questions=more,names=shuffled,documents=40"):
-        world, read = World(), 0
+    """And by them alone: when the question was asked last, its answer was another one."""
+    extra, numbers = set(), set()
+    for document in documents(babi, f"tasks={task},questions=more,names=shuffled,documents=200"):
+        world, read, pairs = World(), 0, []
         for begin, end in document.answers:
             *facts, question = re.findall(r" ([^.?]+[.?])", document.text[read:begin])
             for fact in facts:
                 world.read(fact)
             assert document.text[begin:end] == f" {world.answers(task)[question]}"
+            pairs.append((question, document.text[begin:end]))
             extra.add(" ".join(question.split()[:2]))
             read = end
-        assert read == len(document.text) and 1 < len(document.answers) <= document.text.count(".") + 1
+        assert read == len(document.text) and len(document.answers) <= document.text.count(".") + 1
+        numbers.add(len(document.answers))
+    assert 1 in numbers and len(numbers) > 1
     assert extra == {1: {"Where is"}, 2: {"Where is"}, 3: {"Where was"}, 4: {"What is"}}.get(
         task, {"Who did", "Who gave", "Who received", "What did"}
     )
 
 
 def test_tasks_have_equally_many_answers(babi):
-    """A story of task 1 asks once here, one of task 2 four times; of the facts of both, two have a question more."""
-    (babi / "qa2.txt").write_text(STORIES[2] + "".join(f"{n} Where is the milk? \toffice\t2 1\n" for n in (4, 5, 6)))
+    """A story of task 1 asks once here, one of task 2 four times, and the facts of both answer others."""
+    (babi / "qa2.txt").write_text(STORIES[2] + "".join(f"{n} Where is the milk? \toffice\t2 1\n" for n in (5, 6, 7)))
     for questions in ("all", "more"):
         counts = {1: 0, 2: 0}
         for document in documents(babi, f"tasks=1-2,questions={questions},documents=2000"):
