@@ -31,13 +31,15 @@ def test_tests_and_files_that_are_named_exist(document):
 def test_sections_that_are_linked_exist(document):
     links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)]+)\)", document.read_text())
     missing = [
-        f"{name}#{section}" for name, section in links if section not in sections(document.parent / name, document)
+        f"{name}#{section}"
+        for name, section in links
+        if section not in sections(document.parent / name if name else document)
     ]
     assert missing == []
 
 
-def sections(file: Path, document: Path) -> set[str]:
-    """The names by which GitHub links to the headings of a file, or of the document itself."""
-    text = re.sub(r"```.*?```", "", (document if file.is_dir() else file).read_text(), flags=re.DOTALL)
+def sections(document: Path) -> set[str]:
+    """The names by which GitHub links to its headings."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}

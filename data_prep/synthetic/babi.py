@@ -233,18 +233,22 @@ class BabiInText(InText):
 def _more_questions(rng: random.Random, task: int, story: Story) -> Iterator[tuple[str, str]]:
     """Yield the facts of a story, its last question, and between the facts others that they answer.
 
-    A question comes again once its answer is another one: so no answer can be copied from where it was asked last.
+    A question comes again once its answer is another one, and the last one never before with its answer: so no answer
+    can be copied from where it was asked last.
     """
-    *_, last = story
-    world, asked = World(), {last.question: last.answer}
+    last = story[-1]
+    at_the_end = (last.question, last.answer)
+    world = World()
+    asked: dict[str, str] = {}
     for fact in last.facts:
         yield fact, ""
         world.read(fact)
-        new = sorted(world.answers(task).items() - asked.items())
+        new = sorted(world.answers(task).items() - asked.items() - {at_the_end})
         if new and rng.random() < 0.5:
-            question, asked[question] = pair = rng.choice(new)
-            yield pair
-    yield last.question, last.answer
+            question, answer = rng.choice(new)
+            asked[question] = answer
+            yield question, answer
+    yield at_the_end
 
 
 def _names(stories: list[Story]) -> set[str]:

@@ -17,8 +17,6 @@ GIVE = re.compile(r"(\w+) (?:gave|handed|passed) the (\w+) to (\w+)\.")
 BESIDE = re.compile(r"The (\w+) is (north|south|east|west) of the (\w+)\.")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
-Answers = dict[str, str]  # of each question its answer
-
 
 class World:
     """People, places and things as the facts read so far have them."""
@@ -37,16 +35,19 @@ class World:
             UserError: it has none of the forms of tasks 1 to 5.
         """
         if match := MOVE.fullmatch(fact):
-            person, self.place[match[1]] = match.groups()
+            person, place = match.groups()
+            self.place[person] = place
             for thing, holder in self.holder.items():
                 if holder == person:
-                    self._visit(thing)
+                    self._visit(thing, person)
         elif match := TAKE.fullmatch(fact):
-            self.holder[match[2]] = match[1]
-            self._visit(match[2])
+            person, thing = match.groups()
+            self.holder[thing] = person
+            self._visit(thing, person)
         elif match := DROP.fullmatch(fact):
-            self._visit(match[2], match[1])
-            self.holder.pop(match[2], None)
+            person, thing = match.groups()
+            self.holder.pop(thing, None)
+            self._visit(thing, person)
         elif match := GIVE.fullmatch(fact):
             giver, thing, receiver = match.groups()
             self.gifts.append((giver, thing, receiver))
@@ -57,14 +58,15 @@ class World:
         else:
             raise UserError(f"questions=more: {fact!r} is no fact of bAbI's tasks 1 to 5; use questions=all")
 
-    def _visit(self, thing: str, person: str | None = None) -> None:
-        place = self.place.get(person or self.holder[thing])
+    def _visit(self, thing: str, person: str) -> None:
+        """Note that a thing is where a person is."""
+        place = self.place.get(person)
         visited = self.visited.setdefault(thing, [])
         if not visited or visited[-1] != place:
             visited.append(place)
 
-    def answers(self, task: int) -> Answers:
-        """Return the questions of a task that have one answer now, with it."""
+    def answers(self, task: int) -> dict[str, str]:
+        """Return the questions of a task that have one answer now, each with it."""
         return dict(QUESTIONS[task](self))
 
     def people(self) -> Iterator[tuple[str, str]]:

@@ -32,7 +32,7 @@ VERSION = 1  # of the format; a reader refuses a newer one
 # Fields of GPT-Neo's configuration that change what is computed, and that neither the weights' shapes nor a cache's
 # fingerprint tell.
 GPT_NEO_FIELDS = ("activation_function", "attention_layers", "layer_norm_epsilon", "window_size")
-NOT_COMPARED = {"self", "kwargs", "gate_init", "feature_scale"}  # of InfiniGPTNeoConfig's arguments; two initial values
+NOT_COMPARED = {"self", "kwargs", "gate_init"}  # of InfiniGPTNeoConfig's arguments; gate_init is an initial value
 ABSENT_BEFORE = {"embed_conv": 0}  # fields that files of earlier versions do not have, and what they mean there
 OPTIONAL = ("ids_hash", "offset_hash")  # None where a text was given as embeddings
 

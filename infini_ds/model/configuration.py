@@ -43,8 +43,6 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             rotary positions in local attention, none in the memory.
         gate_init: initial value of each head's gate beta; sigmoid(beta) is the weight of the memory in its output.
         rotary_base: base of the rotary frequencies (Su et al. 2021, section 3.2.2).
-        feature_scale: of memory rules whose features are a softmax of scaled keys and queries, the scale at the start
-            of training. The larger, the further text keeps apart from facts, and the smaller the first gradients.
         short_conv: width of a learned causal convolution of keys and values, for local attention and memory alike; 2 is
             a token and the one before it. 0: none.
         embed_conv: width of a learned causal convolution of the token embeddings, which crosses the ends of segments,
@@ -65,7 +63,6 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         position_embedding: str = "segment",
         gate_init: float = 0.0,
         rotary_base: float = 10000.0,
-        feature_scale: float = 4.0,
         short_conv: int = 0,
         embed_conv: int = 0,
         **kwargs,
@@ -75,7 +72,6 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
         self.position_embedding = position_embedding
         self.gate_init = gate_init
         self.rotary_base = rotary_base
-        self.feature_scale = feature_scale
         self.short_conv = short_conv
         self.embed_conv = embed_conv
         _reject_schedule(kwargs)
@@ -103,8 +99,6 @@ class InfiniGPTNeoConfig(GPTNeoConfig):
             raise ValueError(f"segment_length={self.segment_length} must be at least 1 token")
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init} must be a finite number, such as 0 for half of the memory")
-        if not 0 < self.feature_scale < math.inf:
-            raise ValueError(f"feature_scale={self.feature_scale} must be a finite number above 0, such as 4")
         for name in ("short_conv", "embed_conv"):
             width = getattr(self, name)
             if width != 0 and width < 2:

@@ -23,6 +23,7 @@ from .memory_rule import register_memory_rule
 if TYPE_CHECKING:
     from .configuration import InfiniGPTNeoConfig
 
+INITIAL_SCALE = 4.0
 SMALLEST_FEATURE = 2.0**-57  # phi(q) z stays above 1e-20 where anything was written, and so does its gradient
 
 
@@ -40,7 +41,7 @@ class SoftmaxRule(LinearRule):
 
 def initial_log_scale(config: InfiniGPTNeoConfig) -> nn.Parameter:
     """Return log s of each head, (H,), of a new model."""
-    return nn.Parameter(torch.full((config.num_heads,), math.log(config.feature_scale)))
+    return nn.Parameter(torch.full((config.num_heads,), math.log(INITIAL_SCALE)))
 
 
 def scaled_softmax(x: Tensor, log_scale: Tensor) -> Tensor:

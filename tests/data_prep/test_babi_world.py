@@ -10,7 +10,8 @@ from data_prep.synthetic.babi_world import QUESTIONS, World
 from infini_ds.utils.errors import UserError
 
 STORIES = {
-    1: "1 Mary moved to the bathroom.\n2 John went back to the hallway.\n3 Where is Mary? \tbathroom\t1\n",
+    1: "1 Mary moved to the bathroom.\n2 Mary went back to the hallway.\n3 John moved to the office.\n"
+    "4 Where is Mary? \thallway\t2\n",
     2: "1 Mary went to the office.\n2 Mary took the milk there.\n3 Mary took the apple there.\n"
     "4 Where is the milk? \toffice\t2 1\n",
     3: "1 John took the milk.\n2 John went to the office.\n3 John went to the garden.\n"
@@ -111,13 +112,14 @@ def test_more_questions_are_answered_by_the_facts_before_them(babi, task):
     """And by them alone: when the question was asked last, its answer was another one."""
     extra, numbers = set(), set()
     for document in documents(babi, f"tasks={task},questions=more,names=shuffled,documents=200"):
-        world, read, pairs = World(), 0, []
+        world, read, asked = World(), 0, {}
         for begin, end in document.answers:
             *facts, question = re.findall(r" ([^.?]+[.?])", document.text[read:begin])
             for fact in facts:
                 world.read(fact)
-            assert document.text[begin:end] == f" {world.answers(task)[question]}"
-            pairs.append((question, document.text[begin:end]))
+            answer = document.text[begin:end]
+            assert answer == f" {world.answers(task)[question]}" and answer != asked.get(question)
+            asked[question] = answer
             extra.add(" ".join(question.split()[:2]))
             read = end
         assert read == len(document.text) and len(document.answers) <= document.text.count(".") + 1

@@ -1,7 +1,6 @@
 """The configuration: errors, round trips, presets, and the files that an export carries."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,6 @@ FOLDER = Path(infini_ds.model.__file__).parent
             "segment_length=33 is more than max_position_embeddings=32: shorten the segment, or set "
             "position_embedding=rotary",
         ),
-        ({"feature_scale": 0}, "feature_scale=0 must be a finite number above 0, such as 4"),
-        ({"feature_scale": math.inf}, "feature_scale=inf must be a finite number above 0, such as 4"),
         ({"hidden_size": 9}, "hidden_size=9 is not divisible by num_heads=2"),
         ({"hidden_size": 6, "position_embedding": "rotary"}, "needs an even head size, this one is 3"),
     ],
@@ -52,7 +49,6 @@ def test_a_configuration_is_saved_and_loaded_unchanged(tmp_path):
         "position_embedding": "rotary",
         "gate_init": -2.5,
         "rotary_base": 500.0,
-        "feature_scale": 10.0,
         "memory_rule": "linear",
     }
     config = InfiniGPTNeoConfig(**(TINY | fields))
@@ -63,22 +59,6 @@ def test_a_configuration_is_saved_and_loaded_unchanged(tmp_path):
         assert again.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
         assert {name: getattr(again, name) for name in fields} == fields
         assert again.attention_layers == ["global", "local"]
-
-
-@pytest.mark.parametrize("rule", ["softmax", "gated_delta"])
-def test_a_new_model_has_the_scale_of_features_that_is_asked(rule, tmp_path):
-    """And a loaded one that of its weights."""
-    model = InfiniGPTNeoForCausalLM(InfiniGPTNeoConfig(**(TINY | {"memory_rule": rule, "feature_scale": 10.0})))
-    assert len(scales(model)) == 2 and all(torch.allclose(p.exp(), torch.full_like(p, 10.0)) for p in scales(model))
-    with torch.no_grad():
-        for p in scales(model):
-            p.fill_(0.5)
-    model.save_pretrained(tmp_path)
-    assert all((p == 0.5).all() for p in scales(InfiniGPTNeoForCausalLM.from_pretrained(tmp_path)))
-
-
-def scales(model):
-    return [p for name, p in model.named_parameters() if name.endswith("log_scale")]
 
 
 def test_auto_classes_know_the_model():
