@@ -15,7 +15,8 @@ from typing import NamedTuple
 from data_prep.documents import Document, ReadOptions, decode
 from data_prep.files import find_files, walk_files, walk_library
 from data_prep.hugging_face import read_hugging_face
-from data_prep.synthetic.babi import parse_babi, read_babi
+from data_prep.synthetic.babi import read_babi
+from data_prep.synthetic.babi_in_text import parse_babi
 from data_prep.synthetic.haystack import Haystack, words
 from data_prep.synthetic.in_text import NeedleInText
 from data_prep.synthetic.specs import parse_options, parse_tasks, training_examples

@@ -5,7 +5,7 @@ bAbI's files ask a few questions of a story. The facts answer many more, which a
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from infini_ds.utils.errors import UserError
@@ -21,12 +21,14 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 class World:
     """People, places and things as the facts read so far have them."""
 
-    def __init__(self) -> None:
+    def __init__(self, facts: Iterable[str] = ()) -> None:
         self.place: dict[str, str] = {}  # of people
         self.holder: dict[str, str] = {}  # of things
         self.visited: dict[str, list[str | None]] = {}  # of things, in order; None: a place that no fact says
         self.gifts: list[tuple[str, str, str]] = []  # giver, thing, receiver
         self.beside: set[tuple[str, str, str]] = set()  # (a, north, b): a is north of b
+        for fact in facts:
+            self.read(fact)
 
     def read(self, fact: str) -> None:
         """Take in a fact.

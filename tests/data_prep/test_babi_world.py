@@ -130,6 +130,27 @@ def test_more_questions_are_answered_by_the_facts_before_them(babi, task):
     )
 
 
+LONGER = (
+    "1 Mary went to the office.\n2 John got the milk there.\n3 Mary got the apple.\n4 John went to the garden.\n"
+    "5 Mary moved to the kitchen.\n6 Where is the apple? \tkitchen\t5\n"
+)
+
+
+def test_a_story_can_have_fewer_facts_and_people(babi):
+    (babi / "qa2.txt").write_text(LONGER)
+    seen = set()
+    for document in documents(babi, "tasks=2,questions=more,facts=1-4,people=1-2,documents=300"):
+        facts = tuple(re.findall(r"(?:Mary|John) [^.?]+\.", document.text))
+        people = {fact.split()[0] for fact in facts}
+        *_, (begin, end) = document.answers
+        question = re.findall(r"Where is the \w+\?", document.text)[-1]
+        assert document.text[begin:end] == f" {World(facts).answers(2)[question]}" and end == len(document.text)
+        of_people = [fact for fact in re.findall(r"\d (\w[^?\n]+\.)", LONGER) if fact.split()[0] in people]
+        assert facts == tuple(of_people[: len(facts)]) and len(facts) <= 4, "they are a story's first ones"
+        seen.add((len(facts), len(people)))
+    assert seen == {(2, 1), (3, 1), (3, 2), (4, 2)}, "of John's alone 2 answer, of Mary's 2 and 3"
+
+
 def test_tasks_have_equally_many_answers(babi):
     """A story of task 1 asks once here, one of task 2 four times, and the facts of both answer others."""
     (babi / "qa2.txt").write_text(STORIES[2] + "".join(f"{n} Where is the milk? \toffice\t2 1\n" for n in (5, 6, 7)))
@@ -149,6 +170,14 @@ def test_mistakes_are_named(babi):
     with pytest.raises(UserError, match="tasks=6,questions=more: for tasks 1 to 5 alone; use questions=all"):
         documents(babi, "tasks=6,questions=more")
     assert documents(babi, "tasks=6,questions=all,documents=3")
+
+    for option in "facts=2", "people=1-2":
+        with pytest.raises(UserError, match=f"{option} is for questions=more, which asks what these facts answer"):
+            documents(babi, f"tasks=1,{option}")
+    with pytest.raises(UserError, match="facts=0: give 1 or more"):
+        documents(babi, "tasks=2,questions=more,facts=0-4")
+    with pytest.raises(UserError, match="tasks=2,facts=1,people=1000: of 1000 stories none has a question that so few"):
+        documents(babi, "tasks=2,questions=more,facts=1")
 
 
 def test_documents_depend_on_their_number_alone(babi):

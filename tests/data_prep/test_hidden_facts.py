@@ -12,7 +12,8 @@ from data_prep.documents import Document
 from data_prep.options import PrepareOptions
 from data_prep.prepare import prepare
 from data_prep.sources import read_documents
-from data_prep.synthetic.babi import Question, most_frequent_answers, read_babi, shuffle_names
+from data_prep.synthetic.babi import Question, most_frequent_answers, read_babi
+from data_prep.synthetic.babi_in_text import shuffle_names
 from data_prep.synthetic.haystack import Haystack, hide, hide_at_depth, sentences, words
 from infini_ds.data.sources import StreamSpec, open_sources
 from infini_ds.data.streams import ValidationRows
