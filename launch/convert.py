@@ -29,6 +29,12 @@ def main() -> None:
     parser.add_argument("--out", type=user_path, help="folder to write (default: export/ in the run's folder)")
     parser.add_argument("--max-shard-size", default="2GB", help="limit of a safetensors file (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the exported weights (default: float32)")
+    parser.add_argument(
+        "--sharpen-memory",
+        type=float,
+        metavar="FACTOR",
+        help="multiply the scales of the memory's softmax features, for texts far longer than those of training",
+    )
     parser.add_argument("--segment-length", type=int, help="tokens in a segment, with --from-gpt-neo (default: 128)")
     parser.add_argument(
         "--short-conv", type=int, help="width of a short convolution, with --from-gpt-neo (default: 0, none)"
@@ -46,6 +52,7 @@ def main() -> None:
         if args.out is None:
             raise UserError("--from-gpt-neo needs a folder to write: give --out FOLDER")
         refuse_option(args, "dtype", "without --from-gpt-neo")
+        refuse_option(args, "sharpen_memory", "without --from-gpt-neo")
         length = 128 if args.segment_length is None else args.segment_length
         from_gpt_neo(
             args.from_gpt_neo,
@@ -65,7 +72,7 @@ def main() -> None:
         if args.out is None and location.path == location.checkpoint:
             raise UserError(f"{location.path} is one of several checkpoints of its run: give --out FOLDER")
         args.out = args.out or location.path / "export"
-        export(location, args.out, args.max_shard_size, getattr(torch, args.dtype or "float32"))
+        export(location, args.out, args.max_shard_size, getattr(torch, args.dtype or "float32"), args.sharpen_memory)
     print(f"written: {args.out}")
     if args.push_to_hub:
         print(f"uploaded: {push_to_hub(args.out, args.push_to_hub, args.private)}")

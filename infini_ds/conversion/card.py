@@ -91,8 +91,12 @@ def format_card(title: str, config: InfiniGPTNeoConfig, origin: str, folder: str
     )
 
 
-def card_of_checkpoint(checkpoint: Path, run: Path, folder: str) -> str:
-    """Return the card of a checkpoint that is exported to `folder`: its run's recipe, data and validation loss."""
+def card_of_checkpoint(checkpoint: Path, run: Path, folder: str, sharpen: float | None = None) -> str:
+    """Return the card of a checkpoint that is exported to `folder`: its run's recipe, data and validation loss.
+
+    Args:
+        sharpen: what the scales of the memory's softmax features are multiplied by.
+    """
     config = InfiniGPTNeoConfig.from_pretrained(checkpoint)
     state = read_manifest(checkpoint).state
     recipe = (run / "recipe.yaml").read_text()
@@ -105,5 +109,7 @@ def card_of_checkpoint(checkpoint: Path, run: Path, folder: str) -> str:
             f"Validation loss at step {last['step']}: {last['validation/loss']:.4f} nats a token, "
             f"{last['validation/loss_memory_off']:.4f} with the memory off.\n"
         )
+    if sharpen is not None:
+        origin += f"After training the scales of the memory's softmax features were multiplied by {sharpen}.\n"
     origin += f"\n### Data\n```json\n{json.dumps(data, indent=1)}\n```\n\n### Recipe\n```yaml\n{recipe}```"
     return format_card(run.name, config, origin, folder)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from infini_ds.conversion.card import card_of_checkpoint
 from infini_ds.conversion.locate import ModelLocation, kind_of, load_model, load_tokenizer
 from infini_ds.conversion.model_code import write_code
+from infini_ds.conversion.sharpen import sharpen_memory
 from infini_ds.conversion.tokenizer_settings import write_tokenizer_settings
 from infini_ds.model import InfiniGPTNeoForCausalLM
 from infini_ds.utils.errors import UserError, first_line
@@ -19,19 +20,30 @@ from infini_ds.utils.errors import UserError, first_line
 LONGEST_TEXT = 1_000_000_000
 
 
-def export(location: ModelLocation, out: Path, max_shard_size: str = "2GB", dtype: torch.dtype = torch.float32) -> None:
+def export(
+    location: ModelLocation,
+    out: Path,
+    max_shard_size: str = "2GB",
+    dtype: torch.dtype = torch.float32,
+    sharpen: float | None = None,
+) -> None:
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
         max_shard_size: upper limit of one safetensors file, such as "500MB".
+        sharpen: multiply the scales of the memory's softmax features by it.
     Raises:
-        UserError: the model is already in Hugging Face format, the checkpoint is damaged, or `out` holds other files.
+        UserError: the model is already in Hugging Face format, the checkpoint is damaged, its memory cannot be
+            sharpened, or `out` holds other files.
     """
     if location.checkpoint is None or location.run is None:
         raise UserError(f"{location.path} is already in Hugging Face format: give a run or a checkpoint")
     load_tokenizer(location)  # before anything is written
-    card = card_of_checkpoint(location.checkpoint, location.run, out.name)
-    write_folder(load_model(location, dtype), location.tokenizer_folder, out, card, max_shard_size)
+    card = card_of_checkpoint(location.checkpoint, location.run, out.name, sharpen)
+    model = load_model(location, dtype)
+    if sharpen is not None:
+        sharpen_memory(model, sharpen)
+    write_folder(model, location.tokenizer_folder, out, card, max_shard_size)
 
 
 def write_folder(

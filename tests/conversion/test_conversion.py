@@ -1,6 +1,7 @@
 """Conversion: an export works without this project and gives the same logits; GPT-Neo is converted; scripts."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -107,6 +108,22 @@ def test_export_of_two_ranks_and_in_bf16(runs, tmp_path):
     assert all(torch.equal(full[name].bfloat16(), tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.parametrize("rule", ["softmax", "gated_delta"])
+def test_an_export_has_sharper_features(rule, shards, tmp_path):
+    pretrain(shards, tmp_path, "run", "steps=6", "validation.every=6", f"model.memory_rule={rule}")
+    call_script("launch/convert.py", tmp_path / "run", "--out", tmp_path / "sharp", "--sharpen-memory", "1.5")
+    trained = load_model(locate(tmp_path / "run"))
+    sharp = InfiniGPTNeoForCausalLM.from_pretrained(tmp_path / "sharp")
+    for name, weight in sharp.state_dict().items():
+        more = math.log(1.5) if name.endswith("log_scale") else 0.0
+        assert torch.equal(weight, trained.state_dict()[name] + more), name
+    x = torch.randn(1, 1, trained.config.num_heads, 8, trained.config.head_dim)
+    before, after = (model.transformer.h[0].attention for model in (trained, sharp))
+    features = before.rule.features(1.5 * x, before.memory_parameters())
+    torch.testing.assert_close(after.rule.features(x, after.memory_parameters()), features)
+    assert "softmax features were multiplied by 1.5" in (tmp_path / "sharp" / "README.md").read_text()
+
+
 def test_a_folder_of_other_files_is_not_overwritten(runs, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     done = call_script("launch/convert.py", runs / "one", "--out", tmp_path, code=2)
@@ -159,6 +176,9 @@ def test_mistakes_are_one_sentence(runs, exported, gpt_neo, tmp_path):
         ([runs / "one", "--from-gpt-neo", "x"], "either"),
         ([runs / "one", "--gates", "zero"], "--gates zero has an effect only with --from-gpt-neo"),
         ([runs / "one", "--short-conv", "2"], "--short-conv 2 has an effect only with --from-gpt-neo"),
+        ([runs / "one", "--sharpen-memory", "1.5"], "the features of memory_rule=linear have no scale; only those of"),
+        ([runs / "one", "--sharpen-memory", "0"], "--sharpen-memory 0.0: give a number above 0, such as 1.5"),
+        (["--from-gpt-neo", gpt_neo, "--sharpen-memory", "2"], "2.0 has an effect only without --from-gpt-neo"),
         (["--from-gpt-neo", gpt_neo, "--segment-length", "32", "--short-conv", "1"], "short_conv=1 is no width"),
         (["--from-gpt-neo", gpt_neo, "--segment-length", "32", "--embed-conv", "1"], "embed_conv=1 is no width"),
     ):
