@@ -32,4 +32,4 @@ def sharpen_memory(model: InfiniGPTNeoForCausalLM, factor: float) -> None:
             "only those of softmax and gated_delta have one"
         )
     for scale in scales:
-        scale += math.log(factor)
+        scale.add_(math.log(factor))
