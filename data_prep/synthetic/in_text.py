@@ -14,6 +14,8 @@ from data_prep.synthetic.words import DIGITS
 from infini_ds.utils.errors import UserError
 
 SHORT = IntRange(100, 1500)
+NUMBERED = ("house number", "room number", "ticket number", "pass word", "page", "price", "train", "year", "bill")
+NONE = IntRange(0, 0)
 ALL_DIGITS = IntRange(len(DIGITS), len(DIGITS))
 
 
@@ -71,12 +73,14 @@ class NeedleInText(InText):
         digits: of the pass key.
         symbols: how many different digits a pass key is drawn from. Where they are few, they repeat, and knowing which
             digit follows which does not help.
+        distractors: how many numbers of other things stand in the text too, such as "the house number is 4 1 1 7 4 .".
     """
 
     name: ClassVar[str] = "needle"
 
     digits: int = 5
     symbols: IntRange = ALL_DIGITS
+    distractors: IntRange = NONE
 
     def check(self) -> None:
         super().check()
@@ -90,5 +94,13 @@ class NeedleInText(InText):
             rng = random.Random(f"needle {self.seed} {index}")
             symbols = DIGITS if self.symbols == ALL_DIGITS else rng.sample(DIGITS, self.symbols.draw(rng))
             key = rng.choices(symbols, k=self.digits)
-            fact, question = ([f" {word}" for word in text] for text in (passkey_fact(key), [*PASSKEY_QUESTION, *key]))
-            yield self.document(f"needle example {index}", rng, [fact, question], [0, self.digits], haystack)
+            of_others = random.Random(f"distractors {self.seed} {index}")  # the rest is as without distractors
+            facts = [passkey_fact(key), *self._distractors(of_others, symbols)]
+            of_others.shuffle(facts)
+            items = [[f" {word}" for word in words] for words in (*facts, [*PASSKEY_QUESTION, *key])]
+            answers = [0] * len(facts) + [self.digits]
+            yield self.document(f"needle example {index}", rng, items, answers, haystack)
+
+    def _distractors(self, rng: random.Random, symbols: Sequence[str]) -> list[list[str]]:
+        things = rng.choices(NUMBERED, k=self.distractors.draw(rng))
+        return [passkey_fact(rng.choices(symbols, k=self.digits), thing) for thing in things]

@@ -98,9 +98,9 @@ def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
 PASSKEY_QUESTION = ["what", "is", "the", "pass", "key", "?", "the", "pass", "key", "is"]
 
 
-def passkey_fact(number: Sequence[str]) -> list[str]:
-    """Return the words of the fact that a number of some digits is the pass key."""
-    return ["the", "pass", "key", "is", *number, ".", "remember", "it", "."]
+def passkey_fact(number: Sequence[str], of: str = "pass key") -> list[str]:
+    """Return the words of the fact that a number of some digits is the pass key, or the number of another thing."""
+    return ["the", *of.split(), "is", *number, ".", "remember", "it", "."]
 
 
 @register_task("passkey")

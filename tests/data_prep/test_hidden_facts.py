@@ -290,3 +290,23 @@ def test_pass_keys_of_few_symbols_repeat_them(tmp_path):
     assert {len(set(key)) for key in drawn} == {2, 3, 4}
     assert len({digit for key in drawn for digit in key}) == 10, "each key has its own digits"
     assert keys(",symbols=10") == keys("")
+
+
+def test_numbers_of_other_things_stand_in_the_text_too(tmp_path):
+    (tmp_path / "book.txt").write_text(BOOK * 20)
+
+    def texts(options):
+        spec = f"needle:books=text:{tmp_path}/book.txt,words=200,documents=200,{options}"
+        return [d.text for d in read_documents(PrepareOptions(source=spec, out="none").training)]
+
+    counts, after = set(), set()
+    for text in texts("distractors=0-4"):
+        said = re.findall(r" the (\D+) is ((?:\d ){5})\. remember it \.", text)
+        numbers = dict(said)
+        assert [thing for thing, _ in said].count("pass key") == 1 and text.endswith(
+            f"is {numbers['pass key']}".rstrip()
+        )
+        counts.add(len(said) - 1)
+        after.add(said[-1][0] == "pass key")
+    assert counts == {0, 1, 2, 3, 4} and after == {True, False}, "the pass key is anywhere among them"
+    assert texts("distractors=0") == texts("symbols=10")
