@@ -24,7 +24,6 @@ from infini_ds.utils.errors import UserError
 
 ONE_TO_FIVE = IntRange(1, 5)
 ALL = IntRange(1000, 1000)  # more than a story has
-MOST_DRAWS = 1000
 # What can stand for each other in tasks 1 to 5: a story stays one if they change places.
 PEOPLE = frozenset({"Bill", "Daniel", "Fred", "Jeff", "John", "Mary", "Sandra"})
 KINDS = (
@@ -74,8 +73,7 @@ class BabiInText(InText):
         super().check()
         check_choice("questions", self.questions, "last", "all", "more")
         check_choice("names", self.names, "given", "shuffled")
-        for option in "facts", "people":
-            given = getattr(self, option)
+        for option, given in self._limits().items():
             check_range(option, given.low, 1, math.inf)
             if given != ALL and self.questions != "more":
                 raise UserError(
@@ -105,19 +103,30 @@ class BabiInText(InText):
             yield self.document(f"babi task {task} example {index}", rng, items, answers, haystack)
 
     def _answers_per_story(self, task: int, stories: list[Story]) -> float:
-        rng = random.Random(0)
-        drawn = (self._draw(rng, task, stories) for _ in range(1000))
-        return fmean(sum(answer != "" for _, answer in sentences) for sentences in drawn)
+        """Return how many answers a story has in the mean, of those that have any.
 
-    def _draw(
-        self, rng: random.Random, task: int, stories: list[Story], known: Set[str] = frozenset()
-    ) -> list[tuple[str, str]]:
-        """Return the sentences of one of the stories in order, each question with its answer, each fact with "".
+        Raises:
+            UserError: none of them has one, as there are too few facts.
+        """
+        rng = random.Random(0)
+        drawn = [list(self._sentences(rng, task, story)) for story in rng.choices(stories, k=1000)]
+        if not any(drawn):
+            options = ",".join(f"{name}={value}" for name, value in self._limits().items() if value != ALL)
+            raise UserError(
+                f"tasks={task},{options}: none of 1,000 stories has a question that so few facts answer; give more"
+            )
+        return fmean(sum(answer != "" for _, answer in sentences) for sentences in drawn if sentences)
+
+    def _limits(self) -> dict[str, IntRange]:
+        return {"facts": self.facts, "people": self.people}
+
+    def _draw(self, rng: random.Random, task: int, stories: list[Story], known: Set[str]) -> list[tuple[str, str]]:
+        """Return the sentences of one of the stories that have a question, of which `_answers_per_story` found some.
 
         Args:
             known: the names that change places.
         """
-        for _ in range(MOST_DRAWS):
+        while True:
             story = rng.choice(stories)
             if self.questions == "more":
                 story = story[-1:]  # which has all facts
@@ -125,13 +134,9 @@ class BabiInText(InText):
                 story = shuffle_names(rng, story, known)
             if sentences := list(self._sentences(rng, task, story)):
                 return sentences
-        raise UserError(
-            f"tasks={task},facts={self.facts},people={self.people}: of {MOST_DRAWS} stories none has a question that "
-            "so few facts answer; give more of them"
-        )
 
     def _sentences(self, rng: random.Random, task: int, story: Story) -> Iterator[tuple[str, str]]:
-        """Yield the sentences of a story; none if it has no question that its facts answer."""
+        """Yield the sentences in order, each question with its answer, each fact with ""; none without a question."""
         if self.questions == "more":
             yield from self._more_questions(rng, task, story[-1])
             return
@@ -148,7 +153,11 @@ class BabiInText(InText):
         A question comes again once its answer is another one, and the last one never before with its answer: so no
         answer can be copied from where it was asked last. Of fewer facts, the last question is one that they answer.
         """
-        facts = _facts_of_people(rng, last.facts, self.people.draw(rng))[: self.facts.draw(rng)]
+        facts: Sequence[str] = last.facts
+        if self.people != ALL:
+            facts = _facts_of_people(rng, facts, self.people.draw(rng))
+        if self.facts != ALL:
+            facts = facts[: self.facts.draw(rng)]
         at_the_end = (last.question, last.answer)
         if len(facts) < len(last.facts):
             possible = sorted(World(facts).answers(task).items())

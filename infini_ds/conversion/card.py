@@ -110,6 +110,9 @@ def card_of_checkpoint(checkpoint: Path, run: Path, folder: str, sharpen: float 
             f"{last['validation/loss_memory_off']:.4f} with the memory off.\n"
         )
     if sharpen is not None:
-        origin += f"After training the scales of the memory's softmax features were multiplied by {sharpen}.\n"
+        origin += (
+            f"After training the scales of the memory's softmax features were multiplied by {sharpen}: the losses are "
+            "those before.\n"
+        )
     origin += f"\n### Data\n```json\n{json.dumps(data, indent=1)}\n```\n\n### Recipe\n```yaml\n{recipe}```"
     return format_card(run.name, config, origin, folder)

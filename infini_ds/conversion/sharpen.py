@@ -1,9 +1,9 @@
 """Sharper features of the memory after training, for texts far longer than those of training.
 
-What all other text leaves on the features of a fact adds up with its length, while training has made it as small as
-texts of training need. A larger scale s makes it smaller for any length: of a softmax exp(-s d) is left, d below the
-largest. Attention over longer texts has its logits scaled for the same reason (Peng et al. 2023, YaRN,
-arXiv:2309.00071).
+Text that leaves a little of each token on the features of a fact covers it once it is long enough, and training makes
+that little no smaller than its own texts need. In a softmax with scale s it is exp(-s d) for a feature d below the
+largest one, so a larger s makes it smaller at every length. Attention over texts longer than those of training has its
+logits scaled too (YaRN, Peng et al. 2023, arXiv:2309.00071).
 """
 
 import math

@@ -170,13 +170,12 @@ def test_mistakes_are_named(babi):
     with pytest.raises(UserError, match="tasks=6,questions=more: for tasks 1 to 5 alone; use questions=all"):
         documents(babi, "tasks=6,questions=more")
     assert documents(babi, "tasks=6,questions=all,documents=3")
-
     for option in "facts=2", "people=1-2":
         with pytest.raises(UserError, match=f"{option} is for questions=more, which asks what these facts answer"):
             documents(babi, f"tasks=1,{option}")
     with pytest.raises(UserError, match="facts=0: give 1 or more"):
         documents(babi, "tasks=2,questions=more,facts=0-4")
-    with pytest.raises(UserError, match="tasks=2,facts=1,people=1000: of 1000 stories none has a question that so few"):
+    with pytest.raises(UserError, match="tasks=2,facts=1: none of 1,000 stories has a question that so few facts"):
         documents(babi, "tasks=2,questions=more,facts=1")
 
 
